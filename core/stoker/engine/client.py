@@ -1,0 +1,145 @@
+"""The asyncio side of the engine: submit a request, read its deltas, abort it.
+
+The loop's thread hands over what a step produced with one ``call_soon_threadsafe`` per step and event loop;
+``deliver`` then sorts it into the streams. A reader gets all that has piled up since it last looked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import TYPE_CHECKING
+
+from stoker.types import Delta, Request, RequestRecord
+
+if TYPE_CHECKING:
+    from stoker.engine.loop import EngineLoop
+    from stoker.engine.model_engine import ModelEngine
+    from stoker.interfaces import LoadSnapshot, RuntimeInfo, Tokenizer
+
+__all__ = ["EngineClient", "RequestStream", "deliver"]
+
+
+class RequestStream:
+    """The deltas of one request: an asynchronous iterator of non-empty batches.
+
+    It belongs to the event loop that created it. It ends after the last of the request's sequences.
+
+    Args:
+        request: The request.
+        loop: The engine loop to tell about an abort.
+
+    Attributes:
+        event_loop: Where its reader lives.
+        records: One record for each sequence that has ended; written by the engine's thread.
+        aborted: Whether the reader has gone; read by the engine's thread.
+    """
+
+    __slots__ = (
+        "_loop",
+        "_num_open",
+        "_pending",
+        "_waiter",
+        "aborted",
+        "event_loop",
+        "records",
+        "request",
+    )
+
+    def __init__(self, request: Request, loop: EngineLoop) -> None:
+        self.request = request
+        self.event_loop = asyncio.get_running_loop()
+        self.records: list[RequestRecord] = []
+        self.aborted = False
+        self._loop = loop
+        self._pending: list[Delta] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._num_open = request.n
+
+    def push(self, delta: Delta) -> None:
+        """Add a delta; on the reader's event loop only."""
+        self._pending.append(delta)
+        if delta.finish_reason is not None:
+            self._num_open -= 1
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        """Yield batches of deltas until every sequence has ended."""
+        while True:
+            if not self._pending:
+                if self._num_open <= 0 or self.aborted:
+                    return
+                self._waiter = self.event_loop.create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            batch, self._pending = self._pending, []
+            if batch:
+                yield batch
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return self._num_open <= 0
+
+    def abort(self) -> None:
+        """Stop generating. May be called twice, and after the end."""
+        if self.aborted or self._num_open <= 0:
+            return
+        self.aborted = True
+        self._loop.post_abort(self)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def deliver(batch: Iterable[tuple[RequestStream, Delta]]) -> None:
+    """Sort what a step produced into the streams; runs on their event loop."""
+    for stream, delta in batch:
+        stream.push(delta)
+
+
+class EngineClient:
+    """A served model, as the router sees it.
+
+    Args:
+        engine: The model's engine.
+        loop: The loop of its device.
+    """
+
+    def __init__(self, engine: ModelEngine, loop: EngineLoop) -> None:
+        self._engine = engine
+        self._loop = loop
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """The runtime's facts."""
+        return self._engine.runtime.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The runtime's tokenizer."""
+        return self._engine.runtime.tokenizer
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self._engine.max_total_tokens
+
+    def submit(self, request: Request) -> RequestStream:
+        """Put a request into the loop's inbox; returns its deltas."""
+        stream = RequestStream(request, self._loop)
+        self._engine.count_submitted(request)
+        self._loop.post_submit(self._engine, stream)
+        return stream
+
+    def load(self) -> LoadSnapshot:
+        """How busy the model is."""
+        return self._engine.load()
+
+    def cache_counts(self) -> tuple[int, int]:
+        """Prompt tokens looked up in retained KV, and how many of them were found."""
+        lanes = self._engine.scheduler.lanes
+        return lanes.query_tokens, lanes.hit_tokens

@@ -1,0 +1,149 @@
+"""Which lane holds whose KV. A lane that falls idle keeps its KV until somebody needs the room.
+
+The next request takes over the idle lane whose tokens agree with its own prompt the longest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stoker.engine.sequence import NO_LANE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stoker.engine.sequence import Sequence
+    from stoker.interfaces import Runtime
+
+__all__ = ["LanePool", "common_prefix"]
+
+_EMPTY = np.empty(0, np.int32)
+
+
+def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """Length of the longest common prefix of two token arrays."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    at = int(differs.argmax()) if n else 0
+    return at if n and differs[at] else n
+
+
+class LanePool:
+    """The lanes of one runtime: who runs in them, and what idle ones retain.
+
+    Args:
+        runtime: The runtime whose KV this accounts for.
+        prefix_reuse: Whether idle lanes keep their KV for later requests.
+    """
+
+    def __init__(self, runtime: Runtime, *, prefix_reuse: bool = True) -> None:
+        self._runtime = runtime
+        self._prefix_reuse = prefix_reuse
+        self.num_lanes = runtime.info.num_lanes
+        self.capacity_tokens = runtime.info.kv_capacity_tokens
+        self._owner: list[Sequence | None] = [None] * self.num_lanes
+        self._retained: list[NDArray[np.int32]] = [_EMPTY] * self.num_lanes
+        # Idle lanes, least recently used first: dicts keep insertion order.
+        self._idle: dict[int, None] = dict.fromkeys(range(self.num_lanes))
+        self.num_queries = 0
+        self.num_hits = 0
+        self.query_tokens = 0
+        self.hit_tokens = 0
+
+    @property
+    def num_free(self) -> int:
+        """Lanes without a running sequence."""
+        return len(self._idle)
+
+    @property
+    def used_tokens(self) -> int:
+        """KV tokens of running sequences."""
+        return sum(owner.num_computed for owner in self._owner if owner is not None)
+
+    @property
+    def retained_tokens(self) -> int:
+        """KV tokens that idle lanes keep for reuse."""
+        return sum(map(len, self._retained))
+
+    def acquire(self, sequence: Sequence) -> None:
+        """Give a sequence the idle lane that saves it the most work.
+
+        Sets the sequence's ``lane``, ``num_computed`` and ``num_cached``. There must be a free lane.
+        """
+        tokens = sequence.tokens[: sequence.num_tokens]
+        lane, shared = self._best_lane(tokens)
+        # The last token must be computed even if its KV is there: its logits are not.
+        keep = min(shared, sequence.num_tokens - 1)
+        kept = self._runtime.truncate(lane, keep)
+        del self._idle[lane]
+        self._retained[lane] = _EMPTY
+        self._owner[lane] = sequence
+        sequence.lane = lane
+        sequence.num_computed = kept
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = kept
+            self.num_queries += 1
+            self.num_hits += kept > 0
+            self.query_tokens += sequence.num_prompt
+            self.hit_tokens += kept
+
+    def _best_lane(self, tokens: NDArray[np.int32]) -> tuple[int, int]:
+        """The idle lane with the longest common prefix; else an empty one; else the oldest."""
+        best, longest = -1, 0
+        empty = -1
+        for lane in self._idle:
+            held = self._retained[lane]
+            if not len(held):
+                empty = lane if empty < 0 else empty
+            elif (shared := common_prefix(held, tokens)) > longest:
+                best, longest = lane, shared
+        if best >= 0:
+            return best, longest
+        return (empty, 0) if empty >= 0 else (next(iter(self._idle)), 0)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the lane from a sequence; its computed KV stays for reuse."""
+        lane = sequence.lane
+        if lane == NO_LANE:
+            return
+        held = sequence.tokens[: sequence.num_computed].copy() if self._prefix_reuse else _EMPTY
+        if not len(held):
+            self._runtime.truncate(lane, 0)
+        self._owner[lane] = None
+        self._retained[lane] = held
+        self._idle[lane] = None
+        sequence.lane = NO_LANE
+        sequence.num_computed = 0
+
+    def rewind(self, sequence: Sequence) -> None:
+        """Bring a lane in an unknown state back to what the sequence knows to be computed."""
+        if sequence.lane != NO_LANE:
+            sequence.num_computed = self._runtime.truncate(sequence.lane, sequence.num_computed)
+
+    def make_room(self, num_tokens: int) -> bool:
+        """Evict what idle lanes retain, oldest first, until ``num_tokens`` more fit.
+
+        Returns:
+            Whether they fit now.
+        """
+        missing = self.used_tokens + self.retained_tokens + num_tokens - self.capacity_tokens
+        for lane in list(self._idle):
+            if missing <= 0:
+                break
+            missing -= len(self._retained[lane])
+            self._evict(lane)
+        return missing <= 0
+
+    def evict_all(self) -> bool:
+        """Evict everything that idle lanes retain; returns whether there was anything."""
+        lanes = [lane for lane in self._idle if len(self._retained[lane])]
+        for lane in lanes:
+            self._evict(lane)
+        return bool(lanes)
+
+    def _evict(self, lane: int) -> None:
+        if len(self._retained[lane]):
+            self._runtime.truncate(lane, 0)
+            self._retained[lane] = _EMPTY

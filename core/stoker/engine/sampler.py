@@ -1,0 +1,187 @@
+"""Chooses tokens from logits, in numpy.
+
+Order: logit bias, repetition, presence and frequency penalties, temperature, top-k, top-p, min-p, draw.
+(vLLM's order, but for min-p, which comes last as in llama.cpp; on the top-p set it is the same as before it,
+since both keep a head of the same ranking.)
+
+Randomness is counter-based: the one uniform number of a draw is a hash of (seed, position), so that a seeded
+request draws the same numbers alone, in a crowd and after a preemption. The vocabulary is never sorted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Rows
+
+    from numpy.typing import NDArray
+
+    from stoker.engine.sequence import Sequence
+    from stoker.types import SamplingParams
+
+__all__ = ["NOT_FINITE", "TokenCounts", "sample", "uniform"]
+
+NOT_FINITE = -1
+"""What ``sample`` returns for a row whose logits hold no finite maximum."""
+
+_MASK64 = (1 << 64) - 1
+_FIRST_HEAD = 256  # candidates to rank before top-p looks further
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on seed and position alone.
+
+    The output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), applied twice.
+    """
+    x = _mix((seed + 0x9E3779B97F4A7C15) & _MASK64)
+    x = _mix((x ^ position) + 0x9E3779B97F4A7C15 & _MASK64)
+    return (x >> 11) * (1.0 / (1 << 53))
+
+
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+class TokenCounts:
+    """How often each token occurred in a sequence: what the penalties need, kept up incrementally.
+
+    Args:
+        prompt: ``int32[n]``, the prompt; counts for the repetition penalty only.
+    """
+
+    __slots__ = ("_num_seen", "output", "prompt")
+
+    def __init__(self, prompt: NDArray[np.int32]) -> None:
+        self.prompt = np.unique(prompt)
+        self.output: dict[int, int] = {}
+        self._num_seen = 0
+
+    def update(self, output: NDArray[np.int32]) -> None:
+        """Count the output tokens that are new since the last call."""
+        for token in output[self._num_seen :].tolist():
+            self.output[token] = self.output.get(token, 0) + 1
+        self._num_seen = len(output)
+
+    def apply(self, logits: NDArray[np.float32], params: SamplingParams) -> None:
+        """Penalize ``logits`` (``float32[vocab]``) in place."""
+        ids = np.fromiter(self.output.keys(), np.int64, len(self.output))
+        if params.repetition_penalty != 1.0:
+            seen = np.union1d(ids, self.prompt)
+            values = logits[seen]
+            penalty = params.repetition_penalty
+            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if len(ids) and (params.presence_penalty or params.frequency_penalty):
+            counts = np.fromiter(self.output.values(), np.float32, len(self.output))
+            logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def sample(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[int]:
+    """Choose the next token of each sequence.
+
+    Args:
+        logits: ``float32[R, vocab]``; not written to.
+        sequences: R sequences, one for each row.
+
+    Returns:
+        R token ids; ``NOT_FINITE`` for a row without a finite maximum.
+    """
+    tokens: NDArray[np.intp] = logits.argmax(axis=1)
+    peaks = logits[np.arange(len(tokens)), tokens]
+    finite = np.isfinite(peaks)
+    if not finite.all():
+        tokens[~finite] = NOT_FINITE
+    chosen: list[int] = tokens.tolist()
+    for row, sequence in enumerate(sequences):
+        if chosen[row] != NOT_FINITE and not _is_plain_greedy(sequence.sampling):
+            chosen[row] = _sample_row(logits[row], sequence)
+    return chosen
+
+
+def _is_plain_greedy(params: SamplingParams) -> bool:
+    return (
+        params.temperature == 0.0
+        and not params.logit_bias
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == 0.0
+        and params.frequency_penalty == 0.0
+    )
+
+
+def _sample_row(row: NDArray[np.float32], sequence: Sequence) -> int:
+    params = sequence.sampling
+    row = _adjusted(row, sequence)
+    if params.temperature == 0.0:
+        return int(row.argmax())
+    ids, probabilities = _candidates(row, params)
+    cumulative = probabilities.cumsum()
+    draw = uniform(sequence.seed, sequence.num_tokens) * float(cumulative[-1])
+    at = min(int(np.searchsorted(cumulative, draw, side="right")), len(cumulative) - 1)
+    return at if ids is None else int(ids[at])
+
+
+def _adjusted(row: NDArray[np.float32], sequence: Sequence) -> NDArray[np.float32]:
+    """The row with bias and penalties applied; the row itself if there are none."""
+    params = sequence.sampling
+    penalized = (
+        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    )
+    if not penalized and not params.logit_bias:
+        return row
+    row = row.copy()
+    if params.logit_bias:
+        ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
+        row[ids] += np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
+    if penalized:
+        if sequence.counts is None:
+            sequence.counts = TokenCounts(sequence.tokens[: sequence.num_prompt])
+        sequence.counts.update(sequence.tokens[sequence.num_prompt : sequence.num_tokens])
+        sequence.counts.apply(row, params)
+    return row
+
+
+def _candidates(
+    row: NDArray[np.float32], params: SamplingParams
+) -> tuple[NDArray[np.intp] | None, NDArray[np.float32]]:
+    """The tokens that may be drawn and their unnormalized probabilities.
+
+    Returns:
+        Ids (``None`` for the whole vocabulary, in order) and ``exp(logit / temperature - max)``.
+    """
+    ids: NDArray[np.intp] | None = None
+    if 0 < params.top_k < len(row):
+        ids = _head(row, params.top_k)
+        row = row[ids]
+    # Subtract before dividing: a tiny temperature must not overflow to inf - inf.
+    weights = np.exp((row - row.max()) / np.float32(max(params.temperature, 1e-5)))
+    if params.top_p < 1.0:
+        kept = _nucleus(weights, params.top_p)
+        ids = kept if ids is None else ids[kept]
+        weights = weights[kept]
+    if params.min_p > 0.0:
+        kept = np.flatnonzero(weights >= params.min_p * weights.max())
+        ids = kept if ids is None else ids[kept]
+        weights = weights[kept]
+    return ids, weights
+
+
+def _head(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+    """Indices of the k largest values, largest first, ties by index."""
+    head = np.sort(np.argpartition(values, len(values) - k)[len(values) - k :])
+    return head[np.argsort(-values[head], kind="stable")]
+
+
+def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.intp]:
+    """Indices of the smallest set of the likeliest tokens whose mass reaches ``top_p``."""
+    target = top_p * float(weights.sum())
+    k = min(_FIRST_HEAD, len(weights))
+    while True:
+        head = _head(weights, k)
+        cumulative = weights[head].cumsum()
+        if cumulative[-1] >= target or k == len(weights):
+            return head[: int(np.searchsorted(cumulative, target)) + 1]
+        k = min(k * 8, len(weights))

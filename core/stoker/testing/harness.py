@@ -1,0 +1,157 @@
+"""Drive an engine by hand, step by step, without threads or an event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from stoker.config import CacheConfig, SchedulerConfig
+from stoker.engine.model_engine import ModelEngine
+from stoker.testing.clock import FakeClock
+from stoker.testing.scripted import ScriptedRuntime
+from stoker.types import Delta, FinishReason, Request, RequestRecord, SamplingParams
+
+if TYPE_CHECKING:
+    from stoker.engine.client import RequestStream
+    from stoker.engine.model_engine import Outbox
+    from stoker.interfaces import Observer, Runtime, SchedulingPolicy
+
+__all__ = ["EngineHarness", "Submitted"]
+
+
+class Submitted:
+    """A request in a harness, and what came of it.
+
+    Args:
+        request: The request.
+
+    Attributes:
+        deltas: What was delivered so far.
+        records: One record for each sequence that has ended.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.deltas: list[Delta] = []
+        self.records: list[RequestRecord] = []
+
+    def text(self, index: int = 0) -> str:
+        """The text of one of its sequences."""
+        return "".join(delta.text for delta in self.deltas if delta.index == index)
+
+    def finish(self, index: int = 0) -> Delta | None:
+        """The last delta of one of its sequences; ``None`` while it runs."""
+        ends = [d for d in self.deltas if d.index == index and d.finish_reason is not None]
+        return ends[0] if ends else None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why its first sequence ended."""
+        last = self.finish()
+        return None if last is None else last.finish_reason
+
+
+class EngineHarness:
+    """One model's engine, a clock, and a step at a time.
+
+    Args:
+        policy: The policy under test.
+        runtime: The runtime; by default a scripted one.
+        scheduler: Token budgets.
+        cache: KV reuse.
+        observers: Told of steps and ends.
+        clock: Seconds; by default a ``FakeClock`` that each step moves by ``step_s``.
+        step_s: How long a step takes on the fake clock.
+    """
+
+    def __init__(
+        self,
+        policy: SchedulingPolicy,
+        *,
+        runtime: Runtime | None = None,
+        scheduler: SchedulerConfig | None = None,
+        cache: CacheConfig | None = None,
+        observers: Sequence[Observer] = (),
+        clock: Callable[[], float] | None = None,
+        step_s: float = 0.01,
+    ) -> None:
+        self.runtime = runtime or ScriptedRuntime()
+        self.fake_clock = FakeClock()
+        self.clock = clock or self.fake_clock
+        self.step_s = step_s
+        self.num_submitted = 0
+        self.engine = ModelEngine(
+            "model",
+            self.runtime,
+            policy,
+            scheduler or SchedulerConfig(),
+            cache or CacheConfig(),
+            observers,
+            self.clock,
+        )
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        n: int = 1,
+        priority: int = 0,
+        tenant: str = "anonymous",
+        queue_deadline_s: float | None = None,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> Submitted:
+        """Queue a request; ``sampling`` are fields of ``SamplingParams`` (greedy, 16 tokens by default)."""
+        encode = self.runtime.tokenizer.encode
+        tokens = (
+            encode(prompt, add_special=False, parse_special=True)
+            if isinstance(prompt, str)
+            else list(prompt)
+        )
+        self.num_submitted += 1
+        request = Request(
+            request_id=f"request-{self.num_submitted}",
+            model="model",
+            prompt_token_ids=tokens,
+            sampling=SamplingParams(**({"temperature": 0.0, "max_tokens": 16} | sampling)),
+            n=n,
+            priority=priority,
+            tenant=tenant,
+            arrival_s=self.clock(),
+            queue_deadline_s=queue_deadline_s,
+            deadline_s=deadline_s,
+        )
+        submitted = Submitted(request)
+        self.engine.count_submitted(request)
+        self.engine.submit(_as_stream(submitted))
+        return submitted
+
+    def abort(self, submitted: Submitted) -> None:
+        """Abort a request, as its reader would."""
+        self.engine.abort(_as_stream(submitted))
+
+    def step(self) -> int:
+        """One step; returns how many deltas came out of it."""
+        outbox: Outbox = []
+        self.engine.step(outbox)
+        for stream, delta in outbox:
+            cast(Any, stream).deltas.append(delta)
+        self.fake_clock.advance(self.step_s)
+        return len(outbox)
+
+    def run(self, max_steps: int = 10_000) -> int:
+        """Step until nothing is left to do; returns the number of steps.
+
+        Raises:
+            RuntimeError: It is still not done after ``max_steps``.
+        """
+        for steps in range(max_steps):
+            if not self.engine.has_work:
+                return steps
+            self.step()
+        raise RuntimeError(f"the engine still has work after {max_steps} steps")
+
+
+def _as_stream(submitted: Submitted) -> RequestStream:
+    # The engine only needs ``request`` and ``records`` of a stream, and its identity.
+    return cast("RequestStream", submitted)

@@ -1,0 +1,234 @@
+"""A runtime that is deterministic, exact and nearly free: what the engine is tested and measured with.
+
+It is a model of a kind: the next token is a hash of everything in the lane's KV, so that a wrong position, a
+mixed-up lane, a stale prefix or a lost token changes the text from there on. Tokens are bytes and a few
+control tokens; it writes lower-case letters and spaces.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from stoker.interfaces import Backend, Capabilities, LoadSettings, Runtime, RuntimeInfo, Tokenizer
+from stoker.types import LocalModel, StepInput, StepOutput
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["ScriptedBackend", "ScriptedOptions", "ScriptedRuntime", "ScriptedTokenizer"]
+
+_SPECIAL = {
+    "<|begin|>": 256,
+    "<|end|>": 257,
+    "<|user|>": 258,
+    "<|assistant|>": 259,
+    "<|system|>": 260,
+}
+_END = _SPECIAL["<|end|>"]
+_BEGIN, _END_TEXT = "<|begin|>", "<|end|>"
+_VOCABULARY = 261
+_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# The bytes it writes: hash -> letter. Some are spaces, so that text looks like words.
+_LETTERS = np.frombuffer(b"etaoin shrdlu cmfwyp vbgkjq xz etaoin shrdlu", np.uint8).astype(np.int64)
+_MULTIPLIER = np.uint64(6364136223846793005)  # Knuth's MMIX linear congruential generator
+_INCREMENT = np.uint64(1442695040888963407)
+
+
+class ScriptedTokenizer(Tokenizer):
+    """Bytes, and control tokens such as ``<|user|>``."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The control tokens."""
+        return _SPECIAL
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """One token per byte, or per control token where those are parsed."""
+        tokens = [_SPECIAL["<|begin|>"]] if add_special else []
+        rest = text
+        while parse_special and rest:
+            found = [(at, name) for name in _SPECIAL if (at := rest.find(name)) >= 0]
+            if not found:
+                break
+            at, name = min(found)
+            tokens += rest[:at].encode()
+            tokens.append(_SPECIAL[name])
+            rest = rest[at + len(name) :]
+        return tokens + list(rest.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The byte; nothing for a control token."""
+        return bytes((token_id,)) if token_id < 256 else b""
+
+
+class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the scripted backend.
+
+    Attributes:
+        end_every: One in so many tokens is the end token, by hash; 0 for never.
+        step_s: Seconds that every step takes.
+        token_s: Seconds that every token of a step takes.
+        kv_capacity_tokens: Most tokens of all lanes together; ``None`` for lanes times context.
+        truncation: What ``truncate`` can do, as in ``Capabilities``.
+    """
+
+    end_every: int = 0
+    step_s: float = 0.0
+    token_s: float = 0.0
+    kv_capacity_tokens: int | None = None
+    truncation: str = "any"
+
+
+class ScriptedRuntime(Runtime):
+    """The scripted model.
+
+    Args:
+        lanes: Sequences at once.
+        context_length: Tokens of one lane.
+        max_step_tokens: Tokens of one step.
+        options: See ``ScriptedOptions``.
+
+    Attributes:
+        before_step: Called with every step's input first; may raise, to play a failing runtime.
+        num_steps: Steps computed so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        lanes: int = 8,
+        context_length: int = 4096,
+        max_step_tokens: int = 512,
+        options: ScriptedOptions | None = None,
+    ) -> None:
+        self.options = options = options or ScriptedOptions()
+        capacity = options.kv_capacity_tokens or lanes * context_length
+        self.info = RuntimeInfo(
+            name="scripted",
+            vocab_size=_VOCABULARY,
+            context_length=context_length,
+            num_lanes=lanes,
+            kv_capacity_tokens=capacity,
+            max_step_tokens=max_step_tokens,
+            end_token_ids=frozenset({_END}),
+            chat_template=_TEMPLATE,
+            bos_token=_BEGIN,
+            eos_token=_END_TEXT,
+            capabilities=Capabilities(
+                truncation="reset" if options.truncation == "reset" else "any", copy_prefix=True
+            ),
+            settings={"kind": "deterministic test model"},
+        )
+        self.tokenizer = ScriptedTokenizer()
+        self.before_step: Callable[[StepInput], None] | None = None
+        self.num_steps = 0
+        # KV: for each lane, the hash of its first n tokens at [lane, n].
+        self._states = np.zeros((lanes, context_length + 1), np.uint64)
+        self._lengths = np.zeros(lanes, np.int64)
+        self._one_hot = np.eye(_VOCABULARY, dtype=np.float32) * 8.0
+
+    def step(self, step: StepInput) -> StepOutput:
+        """Hash on; logits are 8 for the next token and 0 for all others."""
+        if self.before_step is not None:
+            self.before_step(step)
+        options = self.options
+        if options.step_s or options.token_s:
+            time.sleep(options.step_s + options.token_s * len(step.token_ids))
+        if int(self._lengths.sum()) + len(step.token_ids) > self.info.kv_capacity_tokens:
+            return StepOutput(np.empty((0, _VOCABULARY), np.float32), no_room=True)
+        self.num_steps += 1
+        states = self._advance(step)
+        return StepOutput(self._one_hot[self._next_tokens(states[step.wants_logits])])
+
+    def _advance(self, step: StepInput) -> NDArray[np.uint64]:
+        """Put the tokens into KV; returns the hash after each, ``uint64[T]``."""
+        lanes, positions = step.lanes, step.positions
+        if len(np.unique(lanes)) == len(lanes):  # one token a lane: all at once
+            self._check_positions(lanes, positions)
+            after = _mix(self._states[lanes, positions], step.token_ids)
+            self._states[lanes, positions + 1] = after
+            self._lengths[lanes] += 1
+            return after
+        after = np.empty(len(lanes), np.uint64)
+        for row, token in enumerate(step.token_ids):
+            lane, position = lanes[row : row + 1], positions[row : row + 1]
+            self._check_positions(lane, position)
+            after[row] = _mix(self._states[lane, position], token)[0]
+            self._states[lane, position + 1] = after[row]
+            self._lengths[lane] += 1
+        return after
+
+    def _check_positions(self, lanes: NDArray[np.int32], positions: NDArray[np.int32]) -> None:
+        if not np.array_equal(self._lengths[lanes], positions):
+            raise ValueError(
+                f"positions {positions.tolist()} do not continue lanes {lanes.tolist()}, "
+                f"which hold {self._lengths[lanes].tolist()} tokens"
+            )
+
+    def _next_tokens(self, states: NDArray[np.uint64]) -> NDArray[np.int64]:
+        high = (states >> np.uint64(33)).astype(np.int64)
+        tokens = _LETTERS[high % len(_LETTERS)]
+        if self.options.end_every:
+            tokens = np.where(high // 64 % self.options.end_every == 0, _END, tokens)
+        return tokens
+
+    def truncate(self, lane: int, num_tokens: int) -> int:
+        """Forget what follows the first ``num_tokens`` tokens."""
+        length = int(self._lengths[lane])
+        keep = min(num_tokens, length)
+        if keep != length and self.info.capabilities.truncation == "reset":
+            keep = 0
+        self._lengths[lane] = keep
+        return keep
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the hashes."""
+        self._states[target, : num_tokens + 1] = self._states[source, : num_tokens + 1]
+        self._lengths[target] = num_tokens
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def expected_text(self, prompt: list[int], num_tokens: int) -> str:
+        """What this model writes after a prompt: the truth that tests compare with."""
+        state = np.zeros(1, np.uint64)
+        for token in prompt:
+            state = _mix(state, token)
+        written = bytearray()
+        for _ in range(num_tokens):
+            token = int(self._next_tokens(state)[0])
+            if token == _END:
+                break
+            written.append(token)
+            state = _mix(state, token)
+        return written.decode()
+
+
+def _mix(states: NDArray[np.uint64], tokens: NDArray[np.int32] | int) -> NDArray[np.uint64]:
+    mixed: NDArray[np.uint64] = (states ^ np.asarray(tokens).astype(np.uint64)) * _MULTIPLIER
+    return (mixed + _INCREMENT) ^ (mixed >> np.uint64(29))
+
+
+class ScriptedBackend(Backend):
+    """Serves the scripted model, whatever file it is given."""
+
+    def accepts(self, model: LocalModel) -> bool:
+        """Never of its own accord: it must be asked for by name."""
+        return False
+
+    def load(self, model: LocalModel, settings: LoadSettings) -> ScriptedRuntime:
+        """Make one."""
+        return ScriptedRuntime(
+            lanes=settings.lanes or 8,
+            context_length=settings.context_length or 4096,
+            max_step_tokens=settings.max_step_tokens,
+            options=settings.options,
+        )

