@@ -45,7 +45,7 @@ def stoker_register_backends() -> Sequence[BackendInfo]:  # type: ignore[empty-b
     Ordering: for ``backend = "auto"`` backends are asked in order of their names.
     Errors: an exception, or a name that is taken, makes the plugin broken; that stops the start only
         if the configuration asks for something of it.
-    Example: ``return [BackendInfo(name="gguf", summary="...", factory=make_backend)]``
+    Example: ``return [BackendInfo(api_version=1, name="gguf", summary="...", factory=make_backend)]``
     Since: API version 1.
     """
 
@@ -58,7 +58,7 @@ def stoker_register_policies() -> Sequence[PolicyInfo]:  # type: ignore[empty-bo
     Returns: a list of ``PolicyInfo``; names are unique over all plugins.
     Ordering: none; ``[scheduler] policy`` names the one that is used.
     Errors: as for backends.
-    Example: ``return [PolicyInfo(name="shortest-prompt", summary="...", factory=ShortestPrompt)]``
+    Example: ``return [PolicyInfo(api_version=1, name="short", summary="...", factory=ShortestPrompt)]``
     Since: API version 1.
     """
 
@@ -71,7 +71,7 @@ def stoker_register_middleware() -> Sequence[MiddlewareInfo]:  # type: ignore[em
     Returns: a list of ``MiddlewareInfo``.
     Ordering: active middleware sees a request in ascending ``order``, then by name.
     Errors: as for backends.
-    Example: ``return [MiddlewareInfo(name="quota", summary="...", factory=Quota)]``
+    Example: ``return [MiddlewareInfo(api_version=1, name="quota", summary="...", factory=Quota)]``
     Since: API version 1.
     """
 
@@ -84,7 +84,7 @@ def stoker_register_observers() -> Sequence[ObserverInfo]:  # type: ignore[empty
     Returns: a list of ``ObserverInfo``.
     Ordering: by name. They cannot influence anything, so it should not matter.
     Errors: as for backends.
-    Example: ``return [ObserverInfo(name="metrics", summary="...", factory=Metrics)]``
+    Example: ``return [ObserverInfo(api_version=1, name="metrics", summary="...", factory=Metrics)]``
     Since: API version 1.
     """
 
@@ -97,7 +97,7 @@ def stoker_register_model_sources() -> Sequence[ModelSourceInfo]:  # type: ignor
     Returns: a list of ``ModelSourceInfo``; the name is the scheme.
     Ordering: none; the scheme decides.
     Errors: as for backends.
-    Example: ``return [ModelSourceInfo(name="hf", summary="...", factory=HuggingFaceSource)]``
+    Example: ``return [ModelSourceInfo(api_version=1, name="hf", summary="...", factory=HuggingFaceSource)]``
     Since: API version 1.
     """
 
@@ -110,7 +110,7 @@ def stoker_register_routes() -> Sequence[RouteInfo]:  # type: ignore[empty-body]
     Returns: a list of ``RouteInfo`` whose factories return Litestar route handlers.
     Ordering: none; a path that is taken is an error that names it.
     Errors: as for backends.
-    Example: ``return [RouteInfo(name="hello", summary="...", factory=make_handlers)]``
+    Example: ``return [RouteInfo(api_version=1, name="hello", summary="...", factory=make_handlers)]``
     Since: API version 1.
     """
 
@@ -123,7 +123,7 @@ def stoker_register_commands() -> Sequence[CommandInfo]:  # type: ignore[empty-b
     Returns: a list of ``CommandInfo`` whose factories return click commands.
     Ordering: by name; the core's own commands cannot be replaced.
     Errors: as for backends.
-    Example: ``return [CommandInfo(name="quota", summary="...", factory=make_command)]``
+    Example: ``return [CommandInfo(api_version=1, name="quota", summary="...", factory=make_command)]``
     Since: API version 1.
     """
 

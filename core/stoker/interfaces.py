@@ -391,16 +391,16 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True):
     """What every descriptor has.
 
     Attributes:
+        api_version: The plugin API it was written for; a stoker that speaks another one refuses it.
         name: How configuration calls it; unique among its kind.
         summary: One line for ``stoker plugins``.
         options: Struct type of its ``[plugins.<name>]`` section; ``None`` if it takes no options.
-        api_version: The plugin API it was written for.
     """
 
+    api_version: int
     name: str
     summary: str
     options: type[msgspec.Struct] | None = None
-    api_version: int = API_VERSION
 
 
 class BackendInfo(Descriptor, frozen=True, kw_only=True):

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from litestar import MediaType, Response, get
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import generate_latest
 
 from stoker import ConfigError, Observer, RequestRecord, ServerContext, StepRecord
@@ -32,6 +39,8 @@ class Metrics(Observer):
     """Counts steps and requests of all models in a registry of its own."""
 
     def __init__(self) -> None:
+        # A time stamp beside every counter is noise. (The library left this function untyped.)
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._models: dict[str, _ModelMetrics] = {}
         labels = ("model_name",)
@@ -146,8 +155,6 @@ def make_routes(context: ServerContext) -> Sequence[Any]:
     Raises:
         ConfigError: The ``metrics`` observer, which counts, is not active.
     """
-    from litestar import MediaType, Response, get
-
     metrics = context.observers.get("metrics")
     if not isinstance(metrics, Metrics):
         raise ConfigError("the route plugin 'metrics' needs the observer 'metrics'; enable both")

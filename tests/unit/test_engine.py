@@ -71,7 +71,7 @@ def test_sequences_of_one_request_are_independent_streams() -> None:
     assert len(request.records) == 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     lanes=st.integers(1, 5),
     budget=st.integers(5, 40),
@@ -99,7 +99,7 @@ def test_any_interleaving_of_arrivals_and_aborts(
         observers=[recorder],
     )
     requests: list[Submitted] = []
-    aborted: set[int] = set()
+    aborted: set[tuple[int, int]] = set()
     shared = "the same beginning "
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["submit", "submit shared", "step", "step", "abort"]))
@@ -112,8 +112,10 @@ def test_any_interleaving_of_arrivals_and_aborts(
             harness.step()
         elif requests:
             at = data.draw(st.integers(0, len(requests) - 1))
-            if requests[at].finish() is None:
-                aborted.add(at)
+            unfinished = [
+                i for i in range(requests[at].request.n) if requests[at].finish(i) is None
+            ]
+            aborted |= {(at, index) for index in unfinished}
             harness.abort(requests[at])
     harness.run()
     for at, request in enumerate(requests):
@@ -121,7 +123,7 @@ def test_any_interleaving_of_arrivals_and_aborts(
         for index in range(request.request.n):
             text = request.text(index)
             assert expected.startswith(text)
-            if at not in aborted:
+            if (at, index) not in aborted:
                 assert text == expected
                 assert request.finish(index) is not None
     assert len(recorder.ends) == sum(request.request.n for request in requests)

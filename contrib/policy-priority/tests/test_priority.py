@@ -82,7 +82,9 @@ def test_waiting_makes_urgent_so_that_nothing_starves() -> None:
 @given(
     lanes=st.integers(1, 3),
     jobs=st.lists(
-        st.tuples(st.integers(-5, 5), st.integers(1, 20), st.integers(0, 4)), min_size=1, max_size=15
+        st.tuples(st.integers(-5, 5), st.integers(1, 20), st.integers(0, 4)),
+        min_size=1,
+        max_size=15,
     ),
 )
 def test_every_request_gets_its_text_whatever_is_preempted(

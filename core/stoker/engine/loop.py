@@ -138,7 +138,9 @@ class EngineLoop:
         except Exception as error:
             logger.exception("model %s: a request could not be queued", engine.model)
             reason = FinishReason.ERROR
-            deltas = [Delta(index=i, finish_reason=reason, error=error) for i in range(stream.request.n)]
+            deltas = [
+                Delta(index=i, finish_reason=reason, error=error) for i in range(stream.request.n)
+            ]
             self._publish([(stream, delta) for delta in deltas])
 
     def _publish(self, outbox: Outbox) -> None:

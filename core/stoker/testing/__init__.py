@@ -1,17 +1,36 @@
 """What plugin authors and stoker's own tests test with.
 
 ``ScriptedRuntime`` is a deterministic model that costs nothing; ``EngineHarness`` drives an engine step by
-step; ``FakeClock`` is a clock that a test moves.
+step; ``FakeClock`` is a clock that a test moves. Names are resolved on first use, as in ``stoker`` itself:
+the bundled plugins name the scripted backend's options without loading numpy.
 """
 
-from stoker.testing.clock import FakeClock
-from stoker.testing.harness import EngineHarness, Submitted
-from stoker.testing.scripted import (
-    ScriptedBackend,
-    ScriptedOptions,
-    ScriptedRuntime,
-    ScriptedTokenizer,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stoker.testing.clock import FakeClock
+    from stoker.testing.harness import EngineHarness, Submitted
+    from stoker.testing.scripted import (
+        ScriptedBackend,
+        ScriptedRuntime,
+        ScriptedSource,
+        ScriptedTokenizer,
+    )
+    from stoker.testing.scripted_options import ScriptedOptions
+
+_HOME_OF = {
+    "EngineHarness": "harness",
+    "FakeClock": "clock",
+    "ScriptedBackend": "scripted",
+    "ScriptedOptions": "scripted_options",
+    "ScriptedRuntime": "scripted",
+    "ScriptedSource": "scripted",
+    "ScriptedTokenizer": "scripted",
+    "Submitted": "harness",
+}
 
 __all__ = [
     "EngineHarness",
@@ -19,6 +38,16 @@ __all__ = [
     "ScriptedBackend",
     "ScriptedOptions",
     "ScriptedRuntime",
+    "ScriptedSource",
     "ScriptedTokenizer",
     "Submitted",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'stoker.testing' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"stoker.testing.{home}"), name)
+    globals()[name] = value
+    return value

@@ -9,18 +9,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
-from stoker.interfaces import Backend, Capabilities, LoadSettings, Runtime, RuntimeInfo, Tokenizer
+from stoker.interfaces import (
+    Backend,
+    Capabilities,
+    LoadSettings,
+    ModelSource,
+    Runtime,
+    RuntimeInfo,
+    Tokenizer,
+)
+from stoker.testing.scripted_options import ScriptedOptions
 from stoker.types import LocalModel, StepInput, StepOutput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ScriptedBackend", "ScriptedOptions", "ScriptedRuntime", "ScriptedTokenizer"]
+__all__ = [
+    "ScriptedBackend",
+    "ScriptedRuntime",
+    "ScriptedSource",
+    "ScriptedTokenizer",
+]
 
 _SPECIAL = {
     "<|begin|>": 256,
@@ -67,24 +81,6 @@ class ScriptedTokenizer(Tokenizer):
     def token_bytes(self, token_id: int) -> bytes:
         """The byte; nothing for a control token."""
         return bytes((token_id,)) if token_id < 256 else b""
-
-
-class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of the scripted backend.
-
-    Attributes:
-        end_every: One in so many tokens is the end token, by hash; 0 for never.
-        step_s: Seconds that every step takes.
-        token_s: Seconds that every token of a step takes.
-        kv_capacity_tokens: Most tokens of all lanes together; ``None`` for lanes times context.
-        truncation: What ``truncate`` can do, as in ``Capabilities``.
-    """
-
-    end_every: int = 0
-    step_s: float = 0.0
-    token_s: float = 0.0
-    kv_capacity_tokens: int | None = None
-    truncation: str = "any"
 
 
 class ScriptedRuntime(Runtime):
@@ -217,12 +213,21 @@ def _mix(states: NDArray[np.uint64], tokens: NDArray[np.int32] | int) -> NDArray
     return (mixed + _INCREMENT) ^ (mixed >> np.uint64(29))
 
 
+class ScriptedSource(ModelSource):
+    """``scripted:NAME``: there is no file behind it."""
+
+    def resolve(self, reference: str, *, progress: bool = False) -> LocalModel:
+        """The scripted model, under the name that follows the scheme."""
+        name = reference or "scripted"
+        return LocalModel(path=Path(name), model_id=name, reference=f"scripted:{reference}")
+
+
 class ScriptedBackend(Backend):
     """Serves the scripted model, whatever file it is given."""
 
     def accepts(self, model: LocalModel) -> bool:
-        """Never of its own accord: it must be asked for by name."""
-        return False
+        """What comes from ``scripted:``; other models only if the backend is asked for by name."""
+        return model.reference.startswith("scripted:")
 
     def load(self, model: LocalModel, settings: LoadSettings) -> ScriptedRuntime:
         """Make one."""

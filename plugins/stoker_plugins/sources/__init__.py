@@ -1,0 +1,1 @@
+"""The bundled model sources: ``file:``, ``hf:`` and ``pypi:``."""

@@ -1,0 +1,296 @@
+"""The loop's thread and its asyncio side, with the router in front."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from stoker import (
+    Delta,
+    FinishReason,
+    Middleware,
+    Request,
+    RequestRecord,
+    SamplingParams,
+    ServedModel,
+    StepInput,
+)
+from stoker.chat_template import ChatTemplate
+from stoker.config import AdmissionConfig, CacheConfig, SchedulerConfig
+from stoker.engine.client import EngineClient
+from stoker.engine.loop import EngineLoop
+from stoker.engine.model_engine import ModelEngine
+from stoker.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RateLimitError,
+    UnavailableError,
+)
+from stoker.router import Call, Generation, RoutedModel, Router
+from stoker.testing import ScriptedRuntime
+from stoker_plugins.fcfs import FirstComeFirstServed
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.005)
+
+
+class Fleet:
+    """Scripted models on one loop, with a router."""
+
+    def __init__(
+        self, *names: str, lanes: int = 4, middleware: tuple[Middleware, ...] = ()
+    ) -> None:
+        self.loop = EngineLoop("cpu", time.monotonic)
+        self.runtimes: dict[str, ScriptedRuntime] = {}
+        routed = []
+        for name in names:
+            runtime = ScriptedRuntime(lanes=lanes, context_length=2000)
+            self.runtimes[name] = runtime
+            engine = ModelEngine(
+                name,
+                runtime,
+                FirstComeFirstServed(),
+                SchedulerConfig(),
+                CacheConfig(),
+                [],
+                time.monotonic,
+            )
+            self.loop.engines.append(engine)
+            served = ServedModel(
+                model_id=name,
+                reference=name,
+                backend="scripted",
+                created=0,
+                size_bytes=0,
+                info=runtime.info,
+            )
+            template = ChatTemplate(runtime.info.chat_template, runtime.tokenizer)
+            routed.append(
+                RoutedModel(
+                    served, EngineClient(engine, self.loop), template, lambda: self.loop.heartbeat_s
+                )
+            )
+        self.router = Router(routed=routed, middleware=middleware, admission=AdmissionConfig())
+        self.loop.start()
+
+    async def start(
+        self, text: str, model: str = "a", n: int = 1, **sampling: object
+    ) -> Generation:
+        params = SamplingParams(**({"temperature": 0.0, "max_tokens": 50} | sampling))  # type: ignore[arg-type]
+        return await self.router.generate(
+            Call(request_id=text, model=model, prompt=text, sampling=params, n=n)
+        )
+
+    def truth(self, generation: Generation) -> str:
+        runtime = self.runtimes[generation.request.model]
+        request = generation.request
+        return runtime.expected_text(
+            list(request.prompt_token_ids), request.sampling.max_tokens or 0
+        )
+
+
+async def read(generation: Generation) -> tuple[str, Delta]:
+    text, last = "", None
+    async for batch in generation:
+        for delta in batch:
+            text += delta.text
+            last = delta
+    assert last is not None
+    return text, last
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[Fleet]:
+    made = Fleet("a", "b")
+    yield made
+    assert made.loop.stop()
+
+
+async def test_many_requests_to_two_models_of_one_loop(fleet: Fleet) -> None:
+    started = [
+        await fleet.start(f"request {i}", model="ab"[i % 2], max_tokens=10 + i) for i in range(40)
+    ]
+    answers = await asyncio.gather(*(read(g) for g in started))
+    assert [text for text, _ in answers] == [fleet.truth(g) for g in started]
+    assert {last.finish_reason for _, last in answers} == {FinishReason.LENGTH}
+    await eventually(lambda: fleet.router.num_active == 0)
+
+
+async def test_models_of_a_device_take_turns(fleet: Fleet) -> None:
+    order: list[str] = []
+    for name, runtime in fleet.runtimes.items():
+        runtime.before_step = lambda _, name=name: order.append(name)  # type: ignore[misc]
+    both = [await fleet.start("x", model=name, max_tokens=100) for name in "ab"]
+    await asyncio.gather(*(read(g) for g in both))
+    middle = order[len(order) // 4 : len(order) // 2]
+    assert all(x != y for x, y in itertools.pairwise(middle))
+
+
+async def test_closing_16_readers_midway_frees_their_lanes_within_one_step() -> None:
+    fleet = Fleet("a", lanes=16)
+    proceed = threading.Semaphore(0)
+    runtime = fleet.runtimes["a"]
+    runtime.before_step = lambda _: proceed.acquire() and None  # type: ignore[assignment, func-returns-value]
+    started = [await fleet.start(f"{i}", max_tokens=1000) for i in range(16)]
+    readers = [aiter(g) for g in started]
+    proceed.release(50)
+    for reader in readers:
+        await anext(reader)
+    load = fleet.router.load("a")
+    assert load.num_running == 16
+    await eventually(lambda: runtime.num_steps == 50)
+    for generation in started:
+        generation.abort()
+    proceed.release(1)  # the step that was under way when they left
+    await eventually(lambda: fleet.router.load("a").num_running == 0)
+    assert runtime.num_steps == 51
+    assert fleet.router.load("a").kv_tokens_used == 0
+    fleet.loop.stop()
+
+
+async def test_a_reader_that_breaks_off_aborts(fleet: Fleet) -> None:
+    fleet.runtimes["a"].before_step = lambda _: time.sleep(0.001)
+    generation = await fleet.start("hello", max_tokens=1900)
+    async for _ in generation:
+        break
+    generation.abort()
+    generation.abort()
+    await eventually(lambda: fleet.router.load("a").num_running == 0)
+    await eventually(lambda: fleet.router.num_active == 0)
+    assert generation.stream.records[0].finish_reason is FinishReason.ABORT
+
+
+async def test_stopping_the_loop_ends_requests_with_an_error() -> None:
+    fleet = Fleet("a", lanes=1)
+    fleet.runtimes["a"].before_step = lambda _: time.sleep(0.002)
+    running, queued = [await fleet.start("x", max_tokens=1900), await fleet.start("y")]
+    readers = [asyncio.ensure_future(read(g)) for g in (running, queued)]
+    await eventually(lambda: fleet.router.load("a").num_running == 1)
+    assert await asyncio.to_thread(fleet.loop.stop)
+    for _, last in await asyncio.gather(*readers):
+        assert last.finish_reason is FinishReason.ERROR
+        assert isinstance(last.error, UnavailableError)
+
+
+async def test_the_heart_beats_when_idle_and_health_tells_when_it_does_not(fleet: Fleet) -> None:
+    before = fleet.loop.heartbeat_s
+    await eventually(lambda: fleet.loop.heartbeat_s > before)
+    assert fleet.router.health().status == "ok"
+    assert fleet.router.ready()
+    fleet.router.clock = lambda: time.monotonic() + 1000
+    assert fleet.router.health().status == "stalled"
+    assert not fleet.router.ready()
+
+
+async def test_a_request_the_engine_cannot_queue_fails_alone(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = fleet.loop.engines[0]
+    submit = engine.submit
+
+    def failing(stream) -> None:  # type: ignore[no-untyped-def]
+        if stream.request.request_id == "bad":
+            raise MemoryError("no room for the tokens")
+        submit(stream)
+
+    monkeypatch.setattr(engine, "submit", failing)
+    good, bad = await fleet.start("good"), await fleet.start("bad", n=2)
+    _, last = await read(bad)
+    assert last.finish_reason is FinishReason.ERROR
+    assert (await read(good))[0] == fleet.truth(good)
+
+
+async def test_a_bug_in_the_loop_ends_the_models_requests_and_not_the_loop(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = fleet.loop.engines[0].scheduler
+    schedule = scheduler.schedule
+    failures = iter([True])
+
+    def failing():  # type: ignore[no-untyped-def]
+        if next(failures, False):
+            raise KeyError("bug")
+        return schedule()
+
+    monkeypatch.setattr(scheduler, "schedule", failing)
+    _, last = await read(await fleet.start("first"))
+    assert last.finish_reason is FinishReason.ERROR
+    second = await fleet.start("second")
+    assert (await read(second))[0] == fleet.truth(second)
+
+
+async def test_what_the_router_refuses_starts_nothing(fleet: Fleet) -> None:
+    with pytest.raises(ModelNotFoundError, match="served: a, b") as unknown:
+        await fleet.start("x", model="c")
+    assert unknown.value.param == "model"
+    with pytest.raises(ContextLengthError) as too_long:
+        await fleet.start("x" * 2001)
+    assert (too_long.value.param, too_long.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(ContextLengthError) as too_much:
+        await fleet.start("x", max_tokens=2000)
+    assert too_much.value.param == "max_tokens"
+    sampling = SamplingParams(max_tokens=1)
+    with pytest.raises(InvalidRequestError, match="not in the vocabulary"):
+        await fleet.router.generate(
+            Call(request_id="r", model="a", prompt=[5, 100_000], sampling=sampling)
+        )
+    with pytest.raises(InvalidRequestError, match="prompt is empty"):
+        await fleet.router.generate(Call(request_id="r", model="a", prompt=[], sampling=sampling))
+    with pytest.raises(InvalidRequestError, match="logit_bias"):
+        await fleet.start("x", logit_bias={99999: 1.0})
+    fleet.router.draining = True
+    with pytest.raises(UnavailableError):
+        await fleet.start("x")
+    assert fleet.router.num_accepted == 0
+
+
+async def test_middleware_edits_refuses_and_is_told_of_the_end() -> None:
+    class Shortener(Middleware):
+        def __init__(self) -> None:
+            self.ends: list[tuple[str, int]] = []
+
+        async def on_request(self, request: Request) -> Request:
+            if request.request_id == "refused":
+                raise RateLimitError("no more today", retry_after_s=3.0)
+            if request.request_id == "lengthened":
+                request.prompt_token_ids = [65] * 5000
+            request.sampling = SamplingParams(temperature=0.0, max_tokens=2)
+            return request
+
+        async def on_finish(self, request: Request, records: tuple[RequestRecord, ...]) -> None:
+            self.ends.append((request.request_id, records[0].completion_tokens))
+            raise ValueError("must harm nobody")
+
+    shortener = Shortener()
+    fleet = Fleet("a", middleware=(shortener,))
+    text, _ = await read(await fleet.start("hello", max_tokens=500))
+    assert len(text) == 2
+    with pytest.raises(RateLimitError):
+        await fleet.start("refused")
+    with pytest.raises(ContextLengthError):
+        await fleet.start("lengthened")
+    await eventually(lambda: shortener.ends == [("hello", 2)])
+    await eventually(lambda: fleet.router.num_active == 0)
+    fleet.loop.stop()
+
+
+async def test_a_failing_step_reaches_the_reader_as_an_error(fleet: Fleet) -> None:
+    def fail(_: StepInput) -> None:
+        raise RuntimeError("native trouble")
+
+    fleet.runtimes["a"].before_step = fail
+    _, last = await read(await fleet.start("x"))
+    assert last.finish_reason is FinishReason.ERROR
+    fleet.runtimes["a"].before_step = None
+    generation = await fleet.start("y")
+    assert (await read(generation))[0] == fleet.truth(generation)
