@@ -68,7 +68,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 contracts: $(VENV)/.dev
-	$(BIN)/lint-imports --no-timings 2>&1 | tail -n 30
+	$(BIN)/lint-imports 2>&1 | tail -n +14
 
 fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "not bench and not model and not slow"

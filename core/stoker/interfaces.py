@@ -266,7 +266,7 @@ class SchedulingPolicy(ABC):
 
         A permutation of ``running``. By default the latest arrival goes first.
         """
-        return sorted(running, key=lambda view: -view.arrival_s)
+        return sorted(running, key=lambda view: (view.arrival_s, view.sequence_id), reverse=True)
 
     def victims(
         self, candidate: SequenceView, running: Sequence[SequenceView], context: PolicyContext

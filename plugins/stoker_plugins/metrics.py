@@ -172,7 +172,7 @@ def make_routes(context: ServerContext) -> Sequence[Any]:
             model.kv_retained.set(load.kv_tokens_retained / capacity)
         return Response(
             generate_latest(metrics.registry),
-            media_type="text/plain; version=0.0.4; charset=utf-8",
+            media_type="text/plain; version=0.0.4",
         )
 
     return [show_metrics]

@@ -90,18 +90,18 @@ class LanePool:
             self.hit_tokens += kept
 
     def _best_lane(self, tokens: NDArray[np.int32]) -> tuple[int, int]:
-        """The idle lane with the longest common prefix; else an empty one; else the oldest."""
+        """The idle lane with the longest common prefix; else the lowest empty one; else the oldest."""
         best, longest = -1, 0
-        empty = -1
+        empty = self.num_lanes
         for lane in self._idle:
             held = self._retained[lane]
             if not len(held):
-                empty = lane if empty < 0 else empty
+                empty = min(empty, lane)
             elif (shared := common_prefix(held, tokens)) > longest:
                 best, longest = lane, shared
         if best >= 0:
             return best, longest
-        return (empty, 0) if empty >= 0 else (next(iter(self._idle)), 0)
+        return (empty if empty < self.num_lanes else next(iter(self._idle))), 0
 
     def release(self, sequence: Sequence) -> None:
         """Take the lane from a sequence; its computed KV stays for reuse."""

@@ -47,7 +47,7 @@ class PolicyGuard:
             self._check_permutation(order, waiting)
         except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the loop must go on
             self._failed("admission_order", error)
-            return sorted(waiting, key=lambda view: view.arrival_s)
+            return sorted(waiting, key=_by_arrival)
         return order
 
     def preemption_order(
@@ -59,7 +59,7 @@ class PolicyGuard:
             self._check_permutation(order, running)
         except Exception as error:  # noqa: BLE001 - as above
             self._failed("preemption_order", error)
-            return sorted(running, key=lambda view: -view.arrival_s)
+            return sorted(running, key=_by_arrival, reverse=True)
         return order
 
     def victims(
@@ -126,3 +126,7 @@ class PolicyGuard:
                 self.num_errors,
                 error,
             )
+
+
+def _by_arrival(view: SequenceView) -> tuple[float, int]:
+    return view.arrival_s, view.sequence_id

@@ -162,6 +162,9 @@ class Scheduler:
             # More lanes than budget: those whose last token is oldest go first.
             plan.decodes.sort(key=lambda s: s.last_token_s or 0.0)
             del plan.decodes[self.token_budget :]
+        # Runtimes that keep a KV stream for each lane batch neighbours best.
+        plan.decodes.sort(key=lambda s: s.lane)
+        prefilling.sort(key=lambda s: s.lane)
         if prefilling:
             self._share_prefill(plan, prefilling)
         return plan
@@ -187,7 +190,20 @@ class Scheduler:
             sequence = self.waiting[view.sequence_id]
             if not self.lanes.num_free and not self._preempt_for(sequence):
                 break
+            if not self._fits(sequence):
+                break
             self._start(sequence)
+
+    def _fits(self, candidate: Sequence) -> bool:
+        """Whether KV has room for all tokens that the running sequences and the candidate have so far.
+
+        Without this, sequences that do not fit together would take each other's lane for ever before
+        any of them got a token; with it, every preemption is paid for by at least one new token.
+        """
+        if not self.running:
+            return True
+        reserved = sum(sequence.num_tokens for sequence in self.running.values())
+        return reserved + candidate.num_tokens < self.lanes.capacity_tokens
 
     def _start(self, sequence: Sequence) -> None:
         del self.waiting[sequence.sequence_id]

@@ -1,0 +1,95 @@
+"""Builds the HTTP application: the core's routes, what plugins brought, and the layers around them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from litestar import Litestar
+from litestar import Router as LitestarRouter
+from litestar.config.cors import CORSConfig
+from litestar.exceptions import ImproperlyConfiguredException
+
+from stoker.api.access import Application
+from stoker.api.auth import KeyRing, load_keys
+from stoker.api.completions import completion_routes
+from stoker.api.errors import handle_exception
+from stoker.api.info import info_routes
+from stoker.api.openapi import openapi_config
+from stoker.config import Config
+from stoker.errors import PluginConflictError
+from stoker.router import Router
+
+__all__ = ["build_app"]
+
+_EXPOSED = ["retry-after", "x-request-id", "x-stoker-warning"]
+_DOCUMENT_PATHS = {"/schema", "/schema/openapi.json"}
+
+
+def build_app(
+    config: Config,
+    router: Router,
+    *,
+    route_handlers: Sequence[Any] = (),
+    on_startup: Sequence[Any] = (),
+    on_shutdown: Sequence[Any] = (),
+) -> Litestar:
+    """The ASGI application.
+
+    Args:
+        config: The configuration.
+        router: Where requests go.
+        route_handlers: Litestar route handlers that plugins brought.
+        on_startup: Called, or awaited, before the first request.
+        on_shutdown: Called, or awaited, after the last.
+
+    Raises:
+        ConfigError: The file of API keys cannot be used.
+        PluginConflictError: A plugin's route has a path that is taken; the message names it.
+    """
+    keys = KeyRing(load_keys(config.server))
+    own = [*completion_routes(config, router), *info_routes(router)]
+    _check_paths(own, route_handlers)
+    origins = config.server.cors_origins
+    try:
+        app = Application(
+            route_handlers=[*own, *route_handlers],
+            on_startup=list(on_startup),
+            on_shutdown=list(on_shutdown),
+            exception_handlers={Exception: handle_exception},
+            cors_config=CORSConfig(allow_origins=list(origins), expose_headers=list(_EXPOSED))
+            if origins
+            else None,
+            openapi_config=openapi_config(secured=bool(keys)),
+            logging_config=None,
+            request_max_body_size=config.server.max_body_bytes,
+        )
+    except ImproperlyConfiguredException as error:
+        if not route_handlers:
+            raise
+        raise PluginConflictError(f"a plugin's routes cannot be served: {error}") from error
+    app.keys = keys
+    app.log_access = config.logging.access
+    return app
+
+
+def _check_paths(own: Sequence[Any], brought: Sequence[Any]) -> None:
+    taken = _DOCUMENT_PATHS | {path for handler in own for path in _paths(handler)}
+    for handler in brought:
+        paths = _paths(handler)
+        for path in sorted(paths & taken):
+            raise PluginConflictError(
+                f"a plugin brings a route for {path}, which is taken; deactivate one of the two plugins"
+            )
+        taken |= paths
+
+
+def _paths(handler: Any) -> set[str]:
+    """The full paths of a route handler, controller or router, with parameters by type, not by name."""
+    routes = LitestarRouter("/", route_handlers=[handler]).routes
+    return {
+        "/"
+        + "/".join(
+            part if isinstance(part, str) else f"{{{part.type.__name__}}}"
+            for part in route.path_components
+        )
+        for route in routes
+    }

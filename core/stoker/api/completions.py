@@ -1,0 +1,213 @@
+"""``POST /v1/chat/completions`` and ``POST /v1/completions``."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from litestar import Request, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.response.base import ASGIResponse
+from litestar.types import ASGIApp, Receive
+
+from stoker import __version__
+from stoker.api.body import BodyDecoder, read_json_body
+from stoker.api.errors import ClientDisconnectedError
+from stoker.api.openapi import generation_operation
+from stoker.api.parameters import find_ignored, refuse, warning_header
+from stoker.api.run import Run, start
+from stoker.api.schemas import (
+    ChatChoice,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    GenerationRequest,
+    ResponseMessage,
+)
+from stoker.api.streaming import EventEncoder, EventStream, stream_events
+from stoker.api.validation import chat_calls, completion_calls, includes_usage
+from stoker.config import Config
+from stoker.logs import CURRENT_REQUEST
+from stoker.router import Call, Router
+
+__all__ = ["completion_routes"]
+
+T = TypeVar("T")
+
+AnyRequest = Request[Any, Any, Any]
+
+_FINGERPRINT = f"stoker-{__version__}"
+_SECRET_HEADERS = {"authorization", "cookie", "proxy-authorization", "x-api-key"}
+
+_encoder = msgspec.json.Encoder()
+_chat_decoder = BodyDecoder(ChatRequest)
+_completion_decoder = BodyDecoder(CompletionRequest)
+
+
+def completion_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
+    """The handlers of both endpoints.
+
+    Args:
+        config: Limits and strictness.
+        router: Where requests go.
+    """
+    limit = config.server.max_body_bytes
+
+    @post(
+        "/v1/chat/completions",
+        status_code=200,
+        summary="Answer a conversation",
+        tags=["completions"],
+        operation_id="create_chat_completion",
+        operation_class=generation_operation("ChatRequest", "ChatCompletion"),
+    )
+    async def chat_completions(request: AnyRequest) -> ASGIApp:
+        body, raw = _chat_decoder.decode(await read_json_body(request, limit))
+        headers = _check_parameters(config, raw, chat=True)
+        calls = chat_calls(
+            body, config, _default_model(router), _request_id(), _visible_headers(request)
+        )
+        return await _answer(request, router, body, calls, headers, chat=True)
+
+    @post(
+        "/v1/completions",
+        status_code=200,
+        summary="Continue a text",
+        tags=["completions"],
+        operation_id="create_completion",
+        operation_class=generation_operation("CompletionRequest", "Completion"),
+    )
+    async def completions(request: AnyRequest) -> ASGIApp:
+        body, raw = _completion_decoder.decode(await read_json_body(request, limit))
+        headers = _check_parameters(config, raw, chat=False)
+        calls = completion_calls(
+            body, config, _default_model(router), _request_id(), _visible_headers(request)
+        )
+        return await _answer(request, router, body, calls, headers, chat=False)
+
+    return [chat_completions, completions]
+
+
+def _check_parameters(
+    config: Config, raw: Mapping[str, msgspec.Raw], *, chat: bool
+) -> dict[str, str]:
+    """Refuse parameters that are not served, or name them in a header."""
+    ignored = find_ignored(raw, chat=chat)
+    if not ignored:
+        return {}
+    if config.server.strict:
+        raise refuse(ignored[0])
+    return {"x-stoker-warning": warning_header(ignored)}
+
+
+def _default_model(router: Router) -> str:
+    return router.models()[0].model_id
+
+
+def _request_id() -> str:
+    context = CURRENT_REQUEST.get()
+    return "" if context is None else context.request_id
+
+
+def _visible_headers(request: AnyRequest) -> dict[str, str]:
+    """What middleware may see: lower-case names, no secrets."""
+    return {
+        name.lower(): value
+        for name, value in request.headers.items()
+        if name.lower() not in _SECRET_HEADERS
+    }
+
+
+async def _answer(
+    request: AnyRequest,
+    router: Router,
+    body: GenerationRequest,
+    calls: list[Call],
+    headers: dict[str, str],
+    *,
+    chat: bool,
+) -> ASGIApp:
+    """Start the calls; their answer, streamed or in one piece."""
+    include_usage = includes_usage(body)
+    run = await start(router, calls)
+    response_id = f"{'chatcmpl' if chat else 'cmpl'}-{_request_id()}"
+    created = int(time.time())  # noqa: TID251 - a timestamp in a body
+    if body.stream:
+        encoder = EventEncoder(
+            chat=chat,
+            response_id=response_id,
+            created=created,
+            model=run.model,
+            fingerprint=_FINGERPRINT,
+            include_usage=include_usage,
+        )
+        events = stream_events(run, encoder, include_usage=include_usage)
+        return EventStream(events, run.close, headers)
+    try:
+        texts, reasons = await _unless_gone(_collect(run), request.receive)
+    finally:
+        run.close()
+    choices = zip(range(run.num_choices), texts, reasons, strict=True)
+    kind: Any = ChatCompletion if chat else Completion
+    make_choice = _chat_choice if chat else _completion_choice
+    answer = kind(
+        id=response_id,
+        created=created,
+        model=run.model,
+        system_fingerprint=_FINGERPRINT,
+        choices=[make_choice(*choice) for choice in choices],
+        usage=run.usage(),
+    )
+    return ASGIResponse(
+        body=_encoder.encode(answer), media_type="application/json", headers=headers
+    )
+
+
+def _chat_choice(index: int, text: str, reason: Any) -> ChatChoice:
+    message = ResponseMessage(content=text)
+    return ChatChoice(index=index, message=message, finish_reason=reason)
+
+
+def _completion_choice(index: int, text: str, reason: Any) -> CompletionChoice:
+    return CompletionChoice(index=index, text=text, finish_reason=reason)
+
+
+async def _collect(run: Run) -> tuple[list[str], list[str]]:
+    """The texts and finish reasons of all choices."""
+    parts: list[list[str]] = [[] for _ in range(run.num_choices)]
+    reasons = [""] * run.num_choices
+    async with contextlib.aclosing(run.batches()) as batches:
+        async for offset, batch in batches:
+            for delta in batch:
+                index = offset + delta.index
+                parts[index].append(delta.text)
+                if delta.finish_reason is not None:
+                    reasons[index] = run.finish(offset, delta)
+    return ["".join(part) for part in parts], reasons
+
+
+async def _unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """The result of ``work``, which is cancelled if the client goes away first.
+
+    Raises:
+        ClientDisconnectedError: It went away.
+    """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnectedError
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()

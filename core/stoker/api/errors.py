@@ -1,0 +1,124 @@
+"""Exceptions into OpenAI error objects: ``{"error": {"message", "type", "param", "code"}}``."""
+
+import logging
+import math
+
+import msgspec
+from litestar import Request
+from litestar.exceptions import HTTPException
+from litestar.response import Response
+
+from stoker.api.schemas import ErrorBody, ErrorDetail
+from stoker.errors import ModelError, OutOfMemoryError, RequestError, StokerError
+from stoker.logs import CURRENT_REQUEST
+
+__all__ = [
+    "ClientDisconnectedError",
+    "ErrorReply",
+    "describe",
+    "error_response",
+    "handle_exception",
+]
+
+logger = logging.getLogger("stoker.api")
+
+_SERVER_ERROR = "server_error"
+_INVALID = "invalid_request_error"
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+class ClientDisconnectedError(Exception):
+    """The client went away; nobody reads the answer, only the log does (499, as in nginx)."""
+
+
+class ErrorReply(msgspec.Struct, frozen=True):
+    """An error, as HTTP tells it.
+
+    Attributes:
+        status_code: HTTP status.
+        detail: The error object.
+        headers: More headers: ``Retry-After``, ``Allow``, ...
+    """
+
+    status_code: int
+    detail: ErrorDetail
+    headers: dict[str, str] = {}
+
+    def body(self) -> bytes:
+        """The JSON of the error object."""
+        return msgspec.json.encode(ErrorBody(error=self.detail))
+
+
+def describe(error: Exception) -> ErrorReply:
+    """What to tell the client of any exception; what it must not know goes to the log."""
+    if isinstance(error, RequestError):
+        detail = ErrorDetail(
+            message=error.message, type=error.error_type, param=error.param, code=error.code
+        )
+        headers = {}
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        if error.status_code == 401:
+            headers["www-authenticate"] = "Bearer"
+        return ErrorReply(error.status_code, detail, headers)
+    if isinstance(error, HTTPException):
+        return _describe_http(error)
+    if isinstance(error, ClientDisconnectedError):
+        return ErrorReply(499, ErrorDetail(message="the client went away", type=_INVALID))
+    if isinstance(error, StokerError):
+        status = 507 if isinstance(error, OutOfMemoryError) else 500
+        status = 503 if isinstance(error, ModelError) and status == 500 else status
+        logger.error("request failed: %s", error, exc_info=error)
+        return ErrorReply(status, ErrorDetail(message=str(error), type=_SERVER_ERROR))
+    logger.error("unexpected error", exc_info=error)
+    return ErrorReply(500, _internal_error())
+
+
+def _internal_error() -> ErrorDetail:
+    request = CURRENT_REQUEST.get()
+    where = f" under request id {request.request_id}" if request is not None else ""
+    return ErrorDetail(
+        message=f"internal error; the server's log says more{where}",
+        type=_SERVER_ERROR,
+        code="internal_error",
+    )
+
+
+def _describe_http(error: HTTPException) -> ErrorReply:
+    """Litestar's own errors: unknown paths, wrong methods, and what plugins' routes raise."""
+    status = error.status_code
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if status >= 500:
+        logger.error("request failed: %s", error.detail, exc_info=error)
+        return ErrorReply(status, _internal_error(), headers)
+    detail = ErrorDetail(
+        message=error.detail or type(error).__name__,
+        type="authentication_error" if status in {401, 403} else _INVALID,
+        code=_CODES.get(status),
+    )
+    return ErrorReply(status, detail, headers)
+
+
+def error_response(reply: ErrorReply) -> Response[bytes]:
+    """The HTTP answer of an error."""
+    return Response(
+        content=reply.body(),
+        status_code=reply.status_code,
+        media_type="application/json",
+        headers=reply.headers,
+    )
+
+
+def handle_exception(request: Request, error: Exception) -> Response[bytes]:  # type: ignore[type-arg]
+    """Litestar's exception handler for everything."""
+    reply = describe(error)
+    where = f"{request.method} {request.url.path}"
+    if isinstance(error, HTTPException) and reply.status_code == 404:
+        reply.detail.message = f"there is nothing at {where}; GET /schema lists what there is"
+    elif isinstance(error, HTTPException) and reply.status_code == 405:
+        allowed = reply.headers.get("allow", "")
+        reply.detail.message = f"{where} is not possible; allowed here: {allowed}"
+    context = CURRENT_REQUEST.get()
+    if context is not None and reply.status_code >= 499:
+        context.error = type(error).__name__
+    return error_response(reply)

@@ -1,0 +1,114 @@
+"""What the server says about itself: models, engines, health, readiness."""
+
+from typing import Any
+
+import msgspec
+from litestar import get
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
+from litestar.response.base import ASGIResponse
+from litestar.types import ASGIApp
+
+from stoker.api.openapi import json_operation
+from stoker.api.schemas import Engine, EngineList, Model, ModelList, Readiness
+from stoker.interfaces import ServedModel
+from stoker.router import Router
+
+__all__ = ["info_routes"]
+
+_DEPRECATED = {"deprecation": "true"}
+
+
+def info_routes(router: Router) -> list[HTTPRouteHandler]:
+    """The handlers that tell what is served and how it is.
+
+    Args:
+        router: What is asked.
+    """
+
+    def engine(served: ServedModel) -> Engine:
+        return Engine(id=served.model_id, created=served.created, ready=router.ready())
+
+    @get(
+        "/v1/models",
+        summary="List the models",
+        tags=["models"],
+        operation_id="list_models",
+        operation_class=json_operation("ModelList"),
+    )
+    async def list_models() -> ASGIApp:
+        return _json(ModelList(data=[_model(served) for served in router.models()]))
+
+    @get(
+        "/v1/models/{model_id:path}",
+        summary="Describe a model",
+        tags=["models"],
+        operation_id="get_model",
+        operation_class=json_operation("Model"),
+    )
+    async def get_model(model_id: FromPath[str]) -> ASGIApp:
+        return _json(_model(router.find(model_id.removeprefix("/"))))
+
+    @get(
+        "/v1/engines",
+        summary="List the models",
+        tags=["models"],
+        deprecated=True,
+        operation_id="list_engines",
+        operation_class=json_operation("EngineList"),
+    )
+    async def list_engines() -> ASGIApp:
+        body = EngineList(data=[engine(served) for served in router.models()])
+        return _json(body, headers=_DEPRECATED)
+
+    @get(
+        "/v1/engines/{engine_id:path}",
+        summary="Describe a model",
+        tags=["models"],
+        deprecated=True,
+        operation_id="get_engine",
+        operation_class=json_operation("Engine"),
+    )
+    async def get_engine(engine_id: FromPath[str]) -> ASGIApp:
+        body = engine(router.find(engine_id.removeprefix("/")))
+        return _json(body, headers=_DEPRECATED)
+
+    @get(
+        "/health",
+        summary="Whether the server is alive",
+        tags=["health"],
+        operation_id="health",
+        operation_class=json_operation("Health", s503="Health"),
+    )
+    async def health() -> ASGIApp:
+        body = router.health()
+        return _json(body, status_code=503 if body.status == "stalled" else 200)
+
+    @get(
+        "/ready",
+        summary="Whether the server takes new requests",
+        tags=["health"],
+        operation_id="ready",
+        operation_class=json_operation("Readiness", s503="Readiness"),
+    )
+    async def ready() -> ASGIApp:
+        is_ready = router.ready()
+        body = Readiness(ready=is_ready, status=router.health().status)
+        return _json(body, status_code=200 if is_ready else 503)
+
+    return [list_models, get_model, list_engines, get_engine, health, ready]
+
+
+def _model(served: ServedModel) -> Model:
+    return Model(
+        id=served.model_id, created=served.created, max_model_len=served.info.context_length
+    )
+
+
+def _json(body: Any, *, status_code: int = 200, headers: dict[str, str] | None = None) -> ASGIApp:
+    return ASGIResponse(
+        body=msgspec.json.encode(body),
+        status_code=status_code,
+        media_type="application/json",
+        headers=headers,
+    )

@@ -1,0 +1,131 @@
+"""The OpenAPI document: bodies that this API decodes itself, described from their structs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from litestar import Response, Router
+from litestar.exceptions import NotFoundException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import (
+    Components,
+    OpenAPIMediaType,
+    OpenAPIResponse,
+    OpenAPIType,
+    Operation,
+    Reference,
+    RequestBody,
+    Schema,
+    SecurityScheme,
+)
+
+from stoker import __version__
+from stoker.api.schemas import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    EngineList,
+    ErrorBody,
+    ModelList,
+    Readiness,
+)
+from stoker.router import Health
+
+__all__ = ["generation_operation", "json_operation", "openapi_config"]
+
+
+_BODIES = (
+    ChatRequest, ChatCompletion, CompletionRequest, Completion, ModelList, EngineList, Health, Readiness,
+    ErrorBody,
+)  # fmt: skip
+
+
+@dataclass
+class _BodyComponents(Components):
+    """Components with the schemas that msgspec makes; Litestar collects its own over any given ones."""
+
+    def to_schema(self) -> dict[str, Any]:
+        components = super().to_schema()
+        _, schemas = msgspec.json.schema_components(
+            _BODIES, ref_template="#/components/schemas/{name}"
+        )
+        components["schemas"] = {**components.get("schemas", {}), **schemas}
+        return components
+
+
+def _json(name: str, description: str) -> OpenAPIResponse:
+    reference = Reference(ref=f"#/components/schemas/{name}")
+    return OpenAPIResponse(
+        description=description, content={"application/json": OpenAPIMediaType(schema=reference)}
+    )
+
+
+def json_operation(response: str, **others: str) -> type[Operation]:
+    """An operation that answers with the struct named ``response``.
+
+    Args:
+        response: Name of a schema.
+        others: More answers: ``s503="Readiness"``.
+    """
+
+    @dataclass
+    class JsonOperation(Operation):
+        def __post_init__(self) -> None:
+            self.responses = {
+                "200": _json(response, "Success"),
+                **{status[1:]: _json(name, "No success") for status, name in others.items()},
+                "default": _json("ErrorBody", "An error"),
+            }
+
+    return JsonOperation
+
+
+def generation_operation(request: str, response: str) -> type[Operation]:
+    """An operation that takes the struct named ``request`` and answers in one piece or streams."""
+
+    @dataclass
+    class GenerationOperation(Operation):
+        def __post_init__(self) -> None:
+            reference = Reference(ref=f"#/components/schemas/{request}")
+            self.request_body = RequestBody(
+                content={"application/json": OpenAPIMediaType(schema=reference)}, required=True
+            )
+            success = _json(response, "The answer; with `stream`, server-sent events of its chunks")
+            events = Schema(type=OpenAPIType.STRING)
+            if success.content is not None:
+                success.content["text/event-stream"] = OpenAPIMediaType(schema=events)
+            self.responses = {"200": success, "default": _json("ErrorBody", "An error")}
+
+    return GenerationOperation
+
+
+def openapi_config(*, secured: bool) -> OpenAPIConfig:
+    """What describes the API; served at ``/schema`` and ``/schema/openapi.json``.
+
+    Args:
+        secured: Whether API keys are required.
+    """
+    components = _BodyComponents()
+    if secured:
+        components.security_schemes = {"api_key": SecurityScheme(type="http", scheme="bearer")}
+    return OpenAPIConfig(
+        title="stoker",
+        version=__version__,
+        description="An OpenAI-compatible API in front of local models.",
+        components=components,
+        security=[{"api_key": []}] if secured else None,
+        # The pages that show it would load scripts from elsewhere; the document needs nothing.
+        render_plugins=[JsonRenderPlugin()],
+        openapi_router=Router(
+            "/schema", route_handlers=[], include_in_schema=False, after_request=_no_html
+        ),
+    )
+
+
+async def _no_html(response: Response[Any]) -> Response[Any]:
+    """Litestar answers unknown paths below /schema with a page; everything here is an error object."""
+    if response.status_code == 404:
+        raise NotFoundException
+    return response
