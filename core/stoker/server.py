@@ -208,10 +208,10 @@ class Server(ServerContext):
             loop.start()
         self.plugins.started(self)
 
-    async def drain(self) -> None:
-        """Refuse new requests, let running ones finish within the limit, cancel the rest."""
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, let running ones finish within ``timeout_s``, cancel the rest."""
         self.router.draining = True
-        if not await self._idle_within(self.config.server.drain_timeout_s):
+        if not await self._idle_within(timeout_s):
             logger.warning("cancelling %d requests that did not finish", self.router.num_active)
         await asyncio.to_thread(self._stop_loops)
         await self._idle_within(_CANCEL_GRACE_S)
@@ -261,7 +261,7 @@ def build_server(config: Config, plugins: Plugins) -> Server:
 
 
 class _UvicornServer(uvicorn.Server):
-    """Uvicorn whose first signal drains and whose second stops at once."""
+    """Uvicorn whose first signal drains, whose second cancels what runs, and whose third just ends."""
 
     def __init__(
         self, config: uvicorn.Config, server: Server, announce: Callable[[str], None]
@@ -270,6 +270,7 @@ class _UvicornServer(uvicorn.Server):
         self._server = server
         self._announce = announce
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._num_signals = 0
         self._draining: asyncio.Future[None] | None = None
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
@@ -280,22 +281,25 @@ class _UvicornServer(uvicorn.Server):
             self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._loop is None or self._server.router.draining:
+        self._num_signals += 1
+        if self._loop is None or self._num_signals > 2:
             self.should_exit = self.force_exit = True
             return
-        logger.info("%s: draining; send it again to stop at once", signal.Signals(sig).name)
+        timeout_s = self._server.config.server.drain_timeout_s if self._num_signals == 1 else 0.0
+        if self._num_signals == 1:
+            logger.info("%s: draining; send it again to stop at once", signal.Signals(sig).name)
         self._server.router.draining = True
         # A signal handler runs between any two instructions; the loop itself must make the task.
-        self._loop.call_soon_threadsafe(self._start_draining)
+        self._loop.call_soon_threadsafe(self._start_draining, timeout_s)
 
-    def _start_draining(self) -> None:
-        self._draining = asyncio.ensure_future(self._drain())
+    def _start_draining(self, timeout_s: float) -> None:
+        if self._draining is not None:
+            self._draining.cancel()
+        self._draining = asyncio.ensure_future(self._drain(timeout_s))
 
-    async def _drain(self) -> None:
-        try:
-            await self._server.drain()
-        finally:
-            self.should_exit = True
+    async def _drain(self, timeout_s: float) -> None:
+        await self._server.drain(timeout_s)
+        self.should_exit = True
 
 
 def serve(config: Config, plugins: Plugins) -> int:

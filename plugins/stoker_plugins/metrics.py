@@ -15,7 +15,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import generate_latest
 
-from stoker import ConfigError, Observer, RequestRecord, ServerContext, StepRecord
+from stoker import ConfigError, FinishReason, Observer, RequestRecord, ServerContext, StepRecord
 
 __all__ = ["Metrics", "make_routes"]
 
@@ -100,8 +100,9 @@ class _ModelMetrics:
     """One model's metrics with the label bound: no look-up per step."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
-        self._finished = metrics.finished
-        self._model = model
+        self._finished = {
+            reason: metrics.finished.labels(model, reason.value) for reason in FinishReason
+        }
         self.running = metrics.running.labels(model)
         self.waiting = metrics.waiting.labels(model)
         self.kv_usage = metrics.kv_usage.labels(model)
@@ -142,7 +143,7 @@ class _ModelMetrics:
             self._itl.observe(gap)
 
     def on_finish(self, record: RequestRecord) -> None:
-        self._finished.labels(self._model, record.finish_reason.value).inc()
+        self._finished[record.finish_reason].inc()
         self._queue.observe(record.queue_s)
         self._latency.observe(record.total_s)
         if record.time_to_first_token_s is not None:

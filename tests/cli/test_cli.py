@@ -17,6 +17,8 @@ import pytest
 from stoker import __version__
 from stoker.discovery import CORE_COMMANDS
 
+pytestmark = pytest.mark.slow  # starts processes
+
 COMMAND = [sys.executable, "-c", "import stoker.cli, sys; sys.exit(stoker.cli.main())"]
 
 

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = b"GGUF" + bytes(range(256)) * 4096  # about 1 MB
 
