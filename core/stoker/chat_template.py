@@ -23,8 +23,27 @@ from stoker.interfaces import Tokenizer
 
 __all__ = ["ChatTemplate"]
 
-_GENERIC = (
-    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n\n"
+# For models whose file brings no template: the form that their vocabulary was made for.
+_BY_CONTROL_TOKEN = {
+    "<|im_start|>": (
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "<start_of_turn>": (
+        "{{ bos_token }}{% set system = namespace(text='') %}{% for m in messages %}"
+        "{% if m.role == 'system' %}{% set system.text = m.content + '\n\n' %}{% else %}"
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ system.text }}{{ m.content }}<end_of_turn>\n{% set system.text = '' %}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    ),
+    "<|start_header_id|>": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+}
+_PLAIN = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
@@ -45,11 +64,17 @@ def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().astimezone().strftime(pattern)
 
 
+def _usual_form(tokenizer: Tokenizer) -> str:
+    known = tokenizer.special_tokens
+    return next((form for token, form in _BY_CONTROL_TOKEN.items() if token in known), _PLAIN)
+
+
 class ChatTemplate:
     """One model's template, compiled once.
 
     Args:
-        source: The Jinja source; ``None`` for a plain "User: ... Assistant:" form.
+        source: The Jinja source; ``None`` for the usual form of the tokenizer's family (ChatML, Gemma,
+            Llama 3), or a plain "User: ... Assistant:" for a vocabulary without turns.
         tokenizer: The model's tokenizer.
         bos_token: What ``bos_token`` stands for in the template.
         eos_token: What ``eos_token`` stands for in the template.
@@ -70,7 +95,9 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(_GENERIC if source is None else source)
+            self._template = environment.from_string(
+                _usual_form(tokenizer) if source is None else source
+            )
         except jinja2.TemplateError as error:
             raise ModelError(f"the model's chat template does not compile: {error}") from error
         self._tokenizer = tokenizer

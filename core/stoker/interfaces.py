@@ -70,12 +70,14 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         copy_prefix: ``copy_prefix`` works.
         snapshot: ``snapshot`` and ``restore`` work.
         embed: ``embed`` works.
+        lane_locality: Steps over neighbouring lanes are quicker than steps over scattered ones.
     """
 
     truncation: Literal["any", "reset"] = "any"
     copy_prefix: bool = False
     snapshot: bool = False
     embed: bool = False
+    lane_locality: bool = False
 
 
 class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -85,7 +85,37 @@ def test_a_model_without_a_template_gets_a_plain_form() -> None:
     tokens = template(None).encode(
         [*user("hello"), {"role": "assistant", "content": "hi"}, *user("bye")]
     )
-    assert bytes(tokens).decode() == "User: hello\n\nAssistant: hi\n\nUser: bye\n\nAssistant:"
+    assert tokens[0] == SPECIAL["<|begin|>"]
+    text = bytes(tokens[1:]).decode()
+    assert text == "User: hello\n\nAssistant: hi\n\nUser: bye\n\nAssistant:"
+
+
+def test_a_model_without_a_template_gets_the_form_of_its_vocabulary() -> None:
+    class WithTurns(ScriptedTokenizer):
+        def __init__(self, *names: str) -> None:
+            self.names = names
+
+        @property
+        def special_tokens(self) -> dict[str, int]:
+            return {name: 300 + i for i, name in enumerate(self.names)}
+
+    messages = [{"role": "system", "content": "S"}, *user("U")]
+    forms = {
+        ("<|im_start|>", "<|im_end|>"): (
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        ("<start_of_turn>", "<end_of_turn>"): (
+            "<bos><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\n"
+        ),
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"): (
+            "<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
+    }
+    for names, expected in forms.items():
+        bos = "<bos>" if "<start_of_turn>" in names else ""
+        assert ChatTemplate(None, WithTurns(*names), bos_token=bos).render(messages) == expected
 
 
 def test_a_template_that_refuses_or_fails_is_the_requests_fault_by_name() -> None:

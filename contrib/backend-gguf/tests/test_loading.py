@@ -248,7 +248,9 @@ def test_openmp_is_told_to_sleep_before_the_library_loads():
         "native.library()\n"
         "print(json.dumps([first, native.prepare_openmp('passive'), os.environ['OMP_WAIT_POLICY']]))"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    }
 
     def run(code: str, **more: str) -> list[object]:
         done = subprocess.run(
@@ -262,6 +264,14 @@ def test_openmp_is_told_to_sleep_before_the_library_loads():
 
     assert run(code) == [["passive", None], ["passive", None], "passive"]
     assert run(code, OMP_WAIT_POLICY="ACTIVE") == [["active", None], ["active", None], "ACTIVE"]
+    spinning = (
+        "import json, os\n"
+        "from stoker_backend_gguf import native\n"
+        "native.prepare_openmp('passive', 300)\n"
+        "print(json.dumps(os.environ['GOMP_SPINCOUNT']))"
+    )
+    assert run(spinning) == "300"
+    assert run(spinning, GOMP_SPINCOUNT="7") == "7"
     late = (
         "import json, llama_cpp\n"
         "from stoker_backend_gguf import native\n"

@@ -1,6 +1,7 @@
 """Which lane holds whose KV. A lane that falls idle keeps its KV until somebody needs the room.
 
-The next request takes over the idle lane whose tokens agree with its own prompt the longest.
+The next request takes over the idle lane whose tokens agree with its own prompt the longest, unless that
+would throw away much more than it saves.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["LanePool", "common_prefix"]
 
 _EMPTY = np.empty(0, np.int32)
+
+# What a retained token that is given up is worth against a token saved now.
+_LOSS = 0.1
+# What each lane between a newcomer and the busy lanes costs, and the most that distance may cost, in
+# tokens of prefill: a scattered batch is computed in pieces for as long as the newcomer generates.
+_GAP_TOKENS = 16
+_MAX_GAP_TOKENS = 64
 
 
 def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
@@ -41,6 +49,7 @@ class LanePool:
     def __init__(self, runtime: Runtime, *, prefix_reuse: bool = True) -> None:
         self._runtime = runtime
         self._prefix_reuse = prefix_reuse
+        self._lane_locality = runtime.info.capabilities.lane_locality
         self.num_lanes = runtime.info.num_lanes
         self.capacity_tokens = runtime.info.kv_capacity_tokens
         self._owner: list[Sequence | None] = [None] * self.num_lanes
@@ -90,18 +99,25 @@ class LanePool:
             self.hit_tokens += kept
 
     def _best_lane(self, tokens: NDArray[np.int32]) -> tuple[int, int]:
-        """The idle lane with the longest common prefix; else the lowest empty one; else the oldest."""
-        best, longest = -1, 0
-        empty = self.num_lanes
-        for lane in self._idle:
+        """The idle lane that is worth the most to a newcomer, and how much of its prompt it holds.
+
+        Worth is counted in tokens: those that need not be computed, less a part of those that are lost
+        to whoever might have come back for them, less what a distant lane costs the batch. Without a
+        longer common prefix that leaves an empty lane near the busy ones, or else an old one.
+        """
+        best = (float("-inf"), -1, 0)
+        busy = [lane for lane, owner in enumerate(self._owner) if owner is not None]
+        for age, lane in enumerate(self._idle):  # the oldest first
             held = self._retained[lane]
-            if not len(held):
-                empty = min(empty, lane)
-            elif (shared := common_prefix(held, tokens)) > longest:
-                best, longest = lane, shared
-        if best >= 0:
-            return best, longest
-        return (empty if empty < self.num_lanes else next(iter(self._idle))), 0
+            shared = common_prefix(held, tokens)
+            recency = (age + 1) / len(self._idle)
+            worth = shared - _LOSS * recency * (len(held) - shared)
+            if self._lane_locality and busy:
+                gap = min(abs(lane - other) for other in busy) - 1
+                worth -= min(gap * _GAP_TOKENS, _MAX_GAP_TOKENS)
+            if (worth, -lane) > (best[0], -best[1]):
+                best = (worth, lane, shared)
+        return best[1], best[2]
 
     def release(self, sequence: Sequence) -> None:
         """Take the lane from a sequence; its computed KV stays for reuse."""

@@ -85,7 +85,9 @@ class GgufBackend(stoker.Backend):
         except (TypeError, ValueError, ArithmeticError) as error:
             raise stoker.ModelError(f"{path} has metadata that make no sense: {error}") from error
 
-        wait_policy, openmp_warning = prepare_openmp(options.omp_wait_policy)
+        wait_policy, openmp_warning = prepare_openmp(
+            options.omp_wait_policy, options.omp_spin_count
+        )
         warnings = [*plan.warnings, *([openmp_warning] if openmp_warning else [])]
         native = plan.native
         if options.self_test:
@@ -272,6 +274,7 @@ def _describe(
             copy_prefix=exact,
             # llama.cpp writes no more than the window of such layers: too little to truncate later.
             snapshot=not (exact and sliding),
+            lane_locality=not native.kv_unified,
         ),
         settings={
             "architecture": header.architecture,

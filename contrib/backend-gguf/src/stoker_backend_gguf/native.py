@@ -88,10 +88,13 @@ class NativeSettings(msgspec.Struct, frozen=True, kw_only=True):
     use_extra_buffers: bool
 
 
-def prepare_openmp(policy: Literal["passive", "active", "default"]) -> tuple[str, str | None]:
+def prepare_openmp(
+    policy: Literal["passive", "active", "default"], spin_count: int | None = None
+) -> tuple[str, str | None]:
     """Set how OpenMP's threads wait, before the library that reads it is loaded.
 
     A spinning wait makes a step a hundred times slower as soon as anything else runs on the cores.
+    libgomp can also spin for a bounded number of rounds before it sleeps (``GOMP_SPINCOUNT``).
 
     Returns:
         The policy in effect, and a warning if it came too late.
@@ -103,6 +106,8 @@ def prepare_openmp(policy: Literal["passive", "active", "default"]) -> tuple[str
         return "default", None
     if not _state and not _libgomp_loaded():
         os.environ["OMP_WAIT_POLICY"] = policy
+        if spin_count is not None:
+            os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count))
         return policy, None
     return "default", (
         "OpenMP was loaded before the gguf backend, so its wait policy could not be set and steps may "
