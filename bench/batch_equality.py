@@ -49,6 +49,8 @@ def main() -> None:
     prompts = [f"Write two sentences about {subject}." for subject in subjects]
     with server() as address:
         alone, together = asyncio.run(compare(address, prompts, args.tokens))
+    if len(set(alone)) < len(alone):
+        raise SystemExit("two prompts got the same text alone: a mix-up could not be told")
     differing = 0
     for subject, one, many in zip(subjects, alone, together, strict=True):
         if one != many:
