@@ -353,7 +353,10 @@ class Middleware(ABC):
         return request
 
     async def on_finish(self, request: Request, records: Sequence[RequestRecord]) -> None:
-        """Called once when the request is over, however it ended; ``records`` has one per sequence."""
+        """Called once when a request that ``on_request`` let pass is over, however it ended.
+
+        ``records`` has one entry for each sequence; none if another middleware refused the request.
+        """
 
 
 class Observer(ABC):

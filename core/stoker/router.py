@@ -18,7 +18,7 @@ from stoker.errors import (
     ModelNotFoundError,
     UnavailableError,
 )
-from stoker.types import Delta, Request, SamplingParams
+from stoker.types import Delta, Request, RequestRecord, SamplingParams
 
 if TYPE_CHECKING:
     from stoker.chat_template import ChatTemplate
@@ -241,23 +241,45 @@ class Router:
         prompt = await self._prompt(routed, call)
         field_name = "messages" if call.messages is not None else "prompt"
         request = self._request(routed, call, prompt, field_name)
-        for middleware in self.middleware:
-            request = await middleware.on_request(request)
-        # Middleware may have changed what was asked for.
-        _check_length(routed, request.sampling, len(request.prompt_token_ids), field_name)
-        stream = routed.client.submit(request)
+        request = await self._admit(request)
+        try:
+            # Middleware may have changed what was asked for.
+            _check_length(routed, request.sampling, len(request.prompt_token_ids), field_name)
+            stream = routed.client.submit(request)
+        except BaseException:
+            await self._tell(self.middleware, request, ())
+            raise
         self.num_accepted += 1
         self.num_active += 1
         self.idle.clear()
         return Generation(request, routed.served, stream, self._ended)
 
+    async def _admit(self, request: Request) -> Request:
+        """The request as the middleware leaves it; who let it pass learns of it if another refuses."""
+        passed: list[Middleware] = []
+        try:
+            for middleware in self.middleware:
+                request = await middleware.on_request(request)
+                passed.append(middleware)
+        except BaseException:
+            await self._tell(passed, request, ())
+            raise
+        return request
+
     async def _ended(self, generation: Generation) -> None:
         self.num_active -= 1
         if not self.num_active:
             self.idle.set()
-        for middleware in self.middleware:
+        records = tuple(generation.stream.records)
+        await self._tell(self.middleware, generation.request, records)
+
+    @staticmethod
+    async def _tell(
+        passed: Sequence[Middleware], request: Request, records: Sequence[RequestRecord]
+    ) -> None:
+        for middleware in passed:
             try:
-                await middleware.on_finish(generation.request, tuple(generation.stream.records))
+                await middleware.on_finish(request, records)
             except Exception:
                 logger.exception("middleware %s.on_finish failed", type(middleware).__name__)
 
