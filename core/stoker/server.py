@@ -208,9 +208,15 @@ class Server(ServerContext):
             loop.start()
         self.plugins.started(self)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests, let running ones finish within ``timeout_s``, cancel the rest."""
+    async def drain(self, timeout_s: float | None = None) -> None:
+        """Refuse new requests, let running ones finish, cancel the rest.
+
+        Args:
+            timeout_s: How long they may take; by default the configured ``drain_timeout_s``.
+        """
         self.router.draining = True
+        if timeout_s is None:
+            timeout_s = self.config.server.drain_timeout_s
         if not await self._idle_within(timeout_s):
             logger.warning("cancelling %d requests that did not finish", self.router.num_active)
         await asyncio.to_thread(self._stop_loops)
@@ -285,19 +291,19 @@ class _UvicornServer(uvicorn.Server):
         if self._loop is None or self._num_signals > 2:
             self.should_exit = self.force_exit = True
             return
-        timeout_s = self._server.config.server.drain_timeout_s if self._num_signals == 1 else 0.0
+        timeout_s = None if self._num_signals == 1 else 0.0
         if self._num_signals == 1:
             logger.info("%s: draining; send it again to stop at once", signal.Signals(sig).name)
         self._server.router.draining = True
         # A signal handler runs between any two instructions; the loop itself must make the task.
         self._loop.call_soon_threadsafe(self._start_draining, timeout_s)
 
-    def _start_draining(self, timeout_s: float) -> None:
+    def _start_draining(self, timeout_s: float | None) -> None:
         if self._draining is not None:
             self._draining.cancel()
         self._draining = asyncio.ensure_future(self._drain(timeout_s))
 
-    async def _drain(self, timeout_s: float) -> None:
+    async def _drain(self, timeout_s: float | None) -> None:
         await self._server.drain(timeout_s)
         self.should_exit = True
 
