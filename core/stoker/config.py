@@ -40,6 +40,8 @@ class ServerConfig(Section, frozen=True, kw_only=True):
         max_body_bytes: Largest request body; larger ones get 413.
         strict: Refuse unknown and unsupported request parameters instead of naming them in a header.
         drain_timeout_s: How long running requests may finish after SIGTERM.
+        stalled_after_s: ``/health`` fails when a loop shows no heartbeat for so long; above the time of
+            the longest step.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +52,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     max_body_bytes: int = 4 * 1024 * 1024
     strict: bool = False
     drain_timeout_s: float = 30.0
+    stalled_after_s: float = 120.0
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):

@@ -30,7 +30,6 @@ __all__ = ["Call", "Generation", "Health", "RoutedModel", "Router"]
 
 logger = logging.getLogger("stoker.router")
 
-_STALLED_AFTER_S = 60.0  # a step of a large model on a small machine may take long, but not so long
 _OFF_THREAD_CHARS = 20_000  # tokenizing more than this would hold up the event loop
 
 
@@ -155,6 +154,7 @@ class Router:
         middleware: Sees every request, in this order.
         admission: Timeouts.
         clock: Monotonic seconds; the same as the engine's.
+        stalled_after_s: Without a heartbeat for so long, a loop counts as stalled.
 
     Attributes:
         draining: Whether new requests are refused.
@@ -167,6 +167,7 @@ class Router:
     middleware: Sequence[Middleware]
     admission: AdmissionConfig
     clock: Callable[[], float] = time.monotonic
+    stalled_after_s: float = 120.0
     draining: bool = False
     num_accepted: int = 0
     num_active: int = 0
@@ -212,7 +213,7 @@ class Router:
     def health(self) -> Health:
         """Whether the loops turn, and some figures."""
         now_s = self.clock()
-        stalled = any(now_s - r.heartbeat_s() > _STALLED_AFTER_S for r in self.routed)
+        stalled = any(now_s - r.heartbeat_s() > self.stalled_after_s for r in self.routed)
         counts = [routed.client.cache_counts() for routed in self.routed]
         looked_up = sum(count[0] for count in counts)
         return Health(

@@ -118,7 +118,11 @@ class Server(ServerContext):
                 f"models: two models have the id {twice.pop()!r}; give one of them another `id`"
             )
         self.router = Router(
-            routed=routed, middleware=[], admission=self.config.admission, clock=self.clock
+            routed=routed,
+            middleware=[],
+            admission=self.config.admission,
+            clock=self.clock,
+            stalled_after_s=self.config.server.stalled_after_s,
         )
         infos = self.plugins.active("middleware", self.config)
         self.router.middleware = [
@@ -330,6 +334,7 @@ def serve(config: Config, plugins: Plugins) -> int:
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=5,
+                timeout_keep_alive=75,  # longer than clients keep idle connections
                 backlog=2048,
             ),
             server,

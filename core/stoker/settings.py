@@ -48,6 +48,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "server.port": (0, 65535),
     "server.max_body_bytes": (1, math.inf),
     "server.drain_timeout_s": (0, math.inf),
+    "server.stalled_after_s": (1, math.inf),
     "models.lanes": (1, math.inf),
     "models.context": (1, math.inf),
     "scheduler.max_num_batched_tokens": (1, math.inf),

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 
 import stoker
-from stoker import hookspecs
+from stoker import config, hookspecs
 from stoker.testing import EngineHarness, ScriptedRuntime
 
 ROOT = Path(__file__).parents[2]
@@ -82,3 +83,19 @@ def test_relative_links_and_named_files_exist() -> None:
             r"`((?:core|docs|bench|contrib|plugins|tests)/[\w./-]+)`", page.read_text()
         ):
             assert (ROOT / target).exists(), f"{page.name} names {target}"
+
+
+@pytest.mark.parametrize("name", [name for name in config.__all__ if name != "Config"])
+def test_every_setting_stands_in_the_reference_with_its_default(name: str) -> None:
+    page = (DOCS / "configuration.md").read_text()
+    section = name.removesuffix("Config").lower().replace("model", "models")
+    start = re.search(rf"^## `\[+{section}\]+`$", page, re.MULTILINE)
+    assert start is not None
+    table = page[start.end() :].split("\n## ")[0]
+    for field in msgspec.structs.fields(getattr(config, name)):
+        default = field.default
+        if default is msgspec.NODEFAULT:
+            assert field.default_factory is not msgspec.NODEFAULT
+            default = field.default_factory()
+        shown = "" if default is None else f"`{msgspec.json.encode(default).decode()}`"
+        assert f"| `{field.name}` | {shown} |" in table
