@@ -268,6 +268,7 @@ class Router:
         return request
 
     async def _ended(self, generation: Generation) -> None:
+        await generation.stream.wait_until_over()
         self.num_active -= 1
         if not self.num_active:
             self.idle.set()

@@ -180,6 +180,9 @@ async def test_stopping_the_loop_ends_requests_with_an_error() -> None:
     for _, last in await asyncio.gather(*readers):
         assert last.finish_reason is FinishReason.ERROR
         assert isinstance(last.error, UnavailableError)
+    with pytest.raises(UnavailableError):
+        await fleet.start("too late")
+    await eventually(lambda: fleet.router.num_active == 0)
 
 
 async def test_the_heart_beats_when_idle_and_health_tells_when_it_does_not(fleet: Fleet) -> None:
@@ -283,6 +286,27 @@ async def test_middleware_edits_refuses_and_is_told_of_the_end() -> None:
     # Of what it refused itself it is not told; of what was refused after it, it is.
     await eventually(lambda: sorted(shortener.ends) == [("hello", 2), ("lengthened", None)])
     await eventually(lambda: fleet.router.num_active == 0)
+    fleet.loop.stop()
+
+
+async def test_what_was_generated_before_an_abort_is_known_at_the_end() -> None:
+    class Meter(Middleware):
+        def __init__(self) -> None:
+            self.records: list[RequestRecord] = []
+
+        async def on_finish(self, request: Request, records: tuple[RequestRecord, ...]) -> None:
+            self.records += records
+
+    meter = Meter()
+    fleet = Fleet("a", middleware=(meter,))
+    fleet.runtimes["a"].before_step = lambda _: time.sleep(0.001)
+    generation = await fleet.start("hello", n=3, max_tokens=1900)
+    async for _ in generation:
+        break
+    generation.abort()
+    await eventually(lambda: len(meter.records) == 3)
+    assert {record.finish_reason for record in meter.records} == {FinishReason.ABORT}
+    assert all(record.completion_tokens >= 1 for record in meter.records)
     fleet.loop.stop()
 
 

@@ -38,6 +38,7 @@ class RequestStream:
     __slots__ = (
         "_loop",
         "_num_open",
+        "_over",
         "_pending",
         "_waiter",
         "aborted",
@@ -55,12 +56,15 @@ class RequestStream:
         self._pending: list[Delta] = []
         self._waiter: asyncio.Future[None] | None = None
         self._num_open = request.n
+        self._over = asyncio.Event()
 
     def push(self, delta: Delta) -> None:
         """Add a delta; on the reader's event loop only."""
         self._pending.append(delta)
         if delta.finish_reason is not None:
             self._num_open -= 1
+            if self._num_open == 0:
+                self._over.set()
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -80,10 +84,9 @@ class RequestStream:
             if batch:
                 yield batch
 
-    @property
-    def finished(self) -> bool:
-        """Whether every sequence has ended."""
-        return self._num_open <= 0
+    async def wait_until_over(self) -> None:
+        """Wait until every sequence has ended and its record is there, also after an abort."""
+        await self._over.wait()
 
     def abort(self) -> None:
         """Stop generating. May be called twice, and after the end."""
@@ -129,7 +132,11 @@ class EngineClient:
         return self._engine.max_total_tokens
 
     def submit(self, request: Request) -> RequestStream:
-        """Put a request into the loop's inbox; returns its deltas."""
+        """Put a request into the loop's inbox; returns its deltas.
+
+        Raises:
+            UnavailableError: The loop has ended.
+        """
         stream = RequestStream(request, self._loop)
         self._engine.count_submitted(request)
         self._loop.post_submit(self._engine, stream)

@@ -28,6 +28,7 @@ __all__ = ["EngineLoop"]
 
 logger = logging.getLogger("stoker.engine")
 
+_SHUTDOWN = "the server is shutting down; send the request elsewhere"
 _IDLE_WAIT_S = 1.0  # how long an idle loop sleeps before it shows a heartbeat
 
 
@@ -50,6 +51,8 @@ class EngineLoop:
         self._inbox: deque[tuple[ModelEngine | None, RequestStream]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._closed = False  # nothing may enter the inbox any more; under the lock
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     # ------------------------------------------------------------------ from other threads
@@ -71,8 +74,15 @@ class EngineLoop:
         return not self._thread.is_alive()
 
     def post_submit(self, engine: ModelEngine, stream: RequestStream) -> None:
-        """Hand a request to the loop."""
-        self._inbox.append((engine, stream))
+        """Hand a request to the loop.
+
+        Raises:
+            UnavailableError: The loop has ended, or is about to.
+        """
+        with self._lock:
+            if self._closed:
+                raise UnavailableError(_SHUTDOWN, code="server_shutdown")
+            self._inbox.append((engine, stream))
         self._wake.set()
 
     def post_abort(self, stream: RequestStream) -> None:
@@ -93,11 +103,12 @@ class EngineLoop:
             if not self.step():
                 self._wake.wait(_IDLE_WAIT_S)
                 self._wake.clear()
-        outbox: Outbox = []
+        with self._lock:
+            self._closed = True
         self._drain_inbox()
+        outbox: Outbox = []
         for engine in self.engines:
-            error = UnavailableError("the server is shutting down", code="server_shutdown")
-            engine.abort_all(error, outbox)
+            engine.abort_all(UnavailableError(_SHUTDOWN, code="server_shutdown"), outbox)
         self._publish(outbox)
 
     def step(self) -> bool:
@@ -124,13 +135,15 @@ class EngineLoop:
             engine.abort_all(error, outbox)
 
     def _drain_inbox(self) -> None:
+        outbox: Outbox = []
         while self._inbox:
             engine, stream = self._inbox.popleft()
             if engine is not None:
                 self._submit(engine, stream)
                 continue
             for candidate in self.engines:
-                candidate.abort(stream)
+                candidate.abort(stream, outbox)
+        self._publish(outbox)
 
     def _submit(self, engine: ModelEngine, stream: RequestStream) -> None:
         try:
@@ -156,4 +169,4 @@ class EngineLoop:
             except RuntimeError:  # the readers' event loop is closed: nobody is left to read
                 for stream in {stream for stream, _ in batch}:
                     for engine in self.engines:
-                        engine.abort(stream)
+                        engine.abort(stream, [])

@@ -113,10 +113,10 @@ class ModelEngine:
         for sequence in sequences:
             self.scheduler.add(sequence)
 
-    def abort(self, stream: RequestStream) -> None:
-        """End a request whose reader has gone; nothing is delivered."""
+    def abort(self, stream: RequestStream, outbox: Outbox) -> None:
+        """End a request whose reader has gone; its last deltas tell that it is over."""
         for sequence in self._sequences.get(stream, ())[:]:
-            self._finish(sequence, FinishReason.ABORT, [])
+            self._finish(sequence, FinishReason.ABORT, outbox)
 
     def abort_all(self, error: Exception, outbox: Outbox) -> None:
         """End every request with an error."""

@@ -128,15 +128,20 @@ class EngineHarness:
 
     def abort(self, submitted: Submitted) -> None:
         """Abort a request, as its reader would."""
-        self.engine.abort(_as_stream(submitted))
+        self._deliver(lambda outbox: self.engine.abort(_as_stream(submitted), outbox))
 
     def step(self) -> int:
         """One step; returns how many deltas came out of it."""
+        delivered = self._deliver(self.engine.step)
+        self.fake_clock.advance(self.step_s)
+        return delivered
+
+    @staticmethod
+    def _deliver(action: Callable[[Outbox], None]) -> int:
         outbox: Outbox = []
-        self.engine.step(outbox)
+        action(outbox)
         for stream, delta in outbox:
             cast(Any, stream).deltas.append(delta)
-        self.fake_clock.advance(self.step_s)
         return len(outbox)
 
     def run(self, max_steps: int = 10_000) -> int:
