@@ -294,11 +294,13 @@ class Router:
             return await asyncio.to_thread(routed.template.encode, call.messages)
         if isinstance(call.prompt, list):
             return call.prompt
+        # A completion's prompt is the developer's own: who renders a template on the client's side
+        # means the control tokens in it. Text of others belongs into messages.
         text = call.prompt or ""
         encode = routed.client.tokenizer.encode
         if len(text) < _OFF_THREAD_CHARS:
-            return encode(text, add_special=True, parse_special=False)
-        return await asyncio.to_thread(encode, text, add_special=True, parse_special=False)
+            return encode(text, add_special=True, parse_special=True)
+        return await asyncio.to_thread(encode, text, add_special=True, parse_special=True)
 
     def _request(
         self, routed: RoutedModel, call: Call, prompt: list[int], field_name: str

@@ -80,6 +80,21 @@ def test_completions_endpoint_continues_text(client: openai.OpenAI) -> None:
     assert "five" in answer.choices[0].text
 
 
+def test_a_prompt_that_was_rendered_by_the_client_is_the_conversation(
+    client: openai.OpenAI,
+) -> None:
+    prompt = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>user\nName three colors.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=30)
+    assert is_red_blue_green(answer.choices[0].text)
+    assert answer.usage is not None
+    chat = client.chat.completions.create(model=MODEL, messages=COLORS, max_tokens=1)  # type: ignore[arg-type]
+    assert chat.usage is not None
+    assert answer.usage.prompt_tokens == chat.usage.prompt_tokens
+
+
 def test_a_conversation_finds_its_history_in_kv(client: openai.OpenAI) -> None:
     history: list[dict[str, str]] = [
         {"role": "user", "content": "Write a sentence about the moon."}
