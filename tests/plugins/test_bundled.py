@@ -106,7 +106,7 @@ def test_metrics_count_what_happened_under_the_fields_names() -> None:
         harness.run()
     load = LoadSnapshot(num_running=2, num_waiting=1, kv_tokens_used=5, kv_tokens_capacity=50)
     handlers = make_routes(Context(load, {"metrics": metrics}))
-    with create_test_client(list(handlers)) as client:
+    with create_test_client(list(handlers), logging_config=None) as client:
         answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     values: dict[str, float] = {}
