@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stoker import FinishReason, Observer, RequestRecord, StepInput, StepRecord
+from stoker import FinishReason, Observer, RequestRecord, StepInput, StepOutput, StepRecord
 from stoker.config import CacheConfig, SchedulerConfig
 from stoker.errors import DeadlineError, EngineError
 from stoker.testing import EngineHarness, ScriptedOptions, ScriptedRuntime, Submitted
@@ -330,6 +330,69 @@ def test_end_token_stops_unless_ignored() -> None:
     assert last.finish_reason is FinishReason.LENGTH
     assert last.usage is not None
     assert last.usage.completion_tokens == 200
+
+
+def test_a_policy_is_told_what_every_step_cost_whom() -> None:
+    class Accounting(FirstComeFirstServed):
+        def __init__(self) -> None:
+            self.spent: dict[str, list[int]] = {}
+
+        def on_step(self, record: StepRecord) -> None:
+            for tenant, prefill, decode in record.scheduled:
+                account = self.spent.setdefault(tenant, [0, 0])
+                account[0] += prefill
+                account[1] += decode
+
+    policy = Accounting()
+    harness = EngineHarness(policy)
+    harness.submit("a" * 30, max_tokens=5, tenant="one")
+    harness.submit("b" * 10, max_tokens=9, tenant="two")
+    harness.run()
+    # The first token of each comes out of its prefill.
+    assert policy.spent == {"one": [30, 4], "two": [10, 8]}
+
+
+@pytest.mark.parametrize(
+    "kind", ["raises", "drops one", "invents one", "returns nothing", "bad victims", "bad shares"]
+)
+def test_a_policy_that_fails_costs_a_counter_and_nothing_else(kind: str) -> None:
+    class Bad(FirstComeFirstServed):
+        def admission_order(self, waiting, context):  # type: ignore[no-untyped-def]
+            if kind == "raises":
+                raise ZeroDivisionError
+            if kind == "returns nothing":
+                return None
+            if kind == "drops one":
+                return waiting[1:]
+            return [*waiting[1:], waiting[-1]] if kind == "invents one" else waiting
+
+        def victims(self, candidate, running, context):  # type: ignore[no-untyped-def]
+            return [candidate] if kind == "bad victims" else ()
+
+        def prefill_shares(self, prefilling, budget, context):  # type: ignore[no-untyped-def]
+            return (
+                {view.sequence_id: budget + 1 for view in prefilling} if "shares" in kind else None
+            )
+
+    harness = EngineHarness(Bad(), runtime=ScriptedRuntime(lanes=2, context_length=600))
+    requests = [harness.submit(f"{i}" * 400, max_tokens=6) for i in range(7)]
+    harness.run()
+    assert [r.text() for r in requests] == [truth(harness, r) for r in requests]
+    assert harness.engine.scheduler.policy.num_errors > 0
+
+
+def test_a_runtime_that_has_no_room_for_a_single_request_says_so() -> None:
+    class Full(ScriptedRuntime):
+        def step(self, step: StepInput) -> StepOutput:
+            return StepOutput(np.empty((0, self.info.vocab_size), np.float32), no_room=True)
+
+    harness = EngineHarness(FirstComeFirstServed(), runtime=Full(lanes=2, context_length=100))
+    requests = [harness.submit(f"request {i}") for i in range(3)]
+    harness.run()
+    for request in requests:
+        last = request.finish()
+        assert last is not None
+        assert "cannot hold" in str(last.error)
 
 
 def test_an_observer_that_raises_harms_nobody() -> None:

@@ -132,7 +132,11 @@ class EngineLoop:
             # Not a runtime's failure (those are handled inside) but a bug of ours: the requests of
             # this model cannot be trusted any more, those of other models and later ones can.
             logger.exception("model %s: the loop failed", engine.model)
-            engine.abort_all(error, outbox)
+            try:
+                engine.abort_all(error, outbox)
+            except Exception:
+                # Whatever state this model is in, the thread must live for the others.
+                logger.exception("model %s: its requests could not be ended", engine.model)
 
     def _drain_inbox(self) -> None:
         outbox: Outbox = []

@@ -141,7 +141,8 @@ class ModelEngine:
         plan = self.scheduler.make_room(plan)
         if not plan:
             return
-        scheduled = self._describe(plan) if self._observers else ()
+        wanted = self._observers or self.scheduler.policy.wants_records
+        scheduled = self._describe(plan) if wanted else ()
         gaps: list[float] = []
         before = len(outbox)
         runtime_s = self._compute(plan, gaps, outbox)
@@ -198,7 +199,9 @@ class ModelEngine:
         logger.error("model %s: a step failed: %r", self.model, error, exc_info=error)
         sequences = plan.sequences()
         if len(sequences) == 1:
-            failure = EngineError(f"the model's runtime failed: {type(error).__name__}")
+            failure = error
+            if not isinstance(error, EngineError):
+                failure = EngineError(f"the model's runtime failed: {type(error).__name__}")
             self._finish(sequences[0], FinishReason.ERROR, outbox, failure)
             return
         counts = {sequence.sequence_id: count for sequence, count in plan.prefills}
