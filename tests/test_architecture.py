@@ -30,6 +30,9 @@ PUBLIC = {
     *("RateLimitError", "Request", "RequestError", "RequestRecord", "RequestTooLargeError"),
     *("RouteInfo", "Runtime", "RuntimeInfo", "SamplingParams", "SchedulingPolicy", "SequenceView"),
     *("ServedModel", "ServerContext", "StepInput", "StepOutput", "StepRecord", "StokerError"),
+    *("EngineSnapshot", "MAX_DEFERRED", "MAX_PASSED", "MAX_VIEWS", "PermissionDeniedError"),
+    *("Preemption", "RequestCancelledError", "RequestNotFoundError", "ScheduledTokens"),
+    *("SequenceTrace", "SlowReaderError", "StepCost", "TenantConfig", "TenantLoad", "TenantShare"),
     *("Tokenizer", "UnavailableError", "Usage", "__version__", "hookimpl"),
 }
 

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stoker.config import TenantConfig as TenantConfig
     from stoker.errors import *  # noqa: F403
     from stoker.hookspecs import hookimpl as hookimpl
     from stoker.interfaces import *  # noqa: F403
@@ -21,10 +22,14 @@ _HOMES = {
     "stoker.hookspecs": ("hookimpl",),
     "stoker.interfaces": (
         "API_VERSION",
+        "MAX_DEFERRED",
+        "MAX_PASSED",
+        "MAX_VIEWS",
         "Backend",
         "BackendInfo",
         "Capabilities",
         "CommandInfo",
+        "EngineSnapshot",
         "LoadSettings",
         "LoadSnapshot",
         "Middleware",
@@ -41,21 +46,28 @@ _HOMES = {
         "SchedulingPolicy",
         "ServedModel",
         "ServerContext",
+        "StepCost",
+        "TenantLoad",
+        "TenantShare",
         "Tokenizer",
     ),
     "stoker.types": (
         "Delta",
         "FinishReason",
         "LocalModel",
+        "Preemption",
         "Request",
         "RequestRecord",
         "SamplingParams",
+        "ScheduledTokens",
+        "SequenceTrace",
         "SequenceView",
         "StepInput",
         "StepOutput",
         "StepRecord",
         "Usage",
     ),
+    "stoker.config": ("TenantConfig",),
     "stoker.errors": (
         "AuthenticationError",
         "ConfigError",
@@ -66,13 +78,17 @@ _HOMES = {
         "ModelError",
         "ModelNotFoundError",
         "OutOfMemoryError",
+        "PermissionDeniedError",
         "PluginConflictError",
         "PluginContractError",
         "PluginError",
         "PluginLoadError",
         "RateLimitError",
+        "RequestCancelledError",
         "RequestError",
+        "RequestNotFoundError",
         "RequestTooLargeError",
+        "SlowReaderError",
         "StokerError",
         "UnavailableError",
     ),

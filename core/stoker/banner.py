@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from stoker.config import Config
     from stoker.interfaces import ServedModel, ServerContext
 
 __all__ = ["print_banner"]
@@ -24,10 +25,16 @@ def print_banner(context: ServerContext, address: str) -> None:
     scheduler = context.config.scheduler
     table.add_row("policy", f"{scheduler.policy}, {scheduler.max_num_batched_tokens} tokens a step")
     table.add_row("address", f"{address}/v1")
-    if not context.config.server.api_keys and not context.config.server.api_keys_file:
+    if not _has_keys(context.config):
         table.add_row("access", "no API keys: whoever reaches the address may use it")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(table)
+
+
+def _has_keys(config: Config) -> bool:
+    server = config.server
+    files = server.api_keys_file or server.tenant_keys_file
+    return bool(server.api_keys or files or any(tenant.keys for tenant in config.tenants))
 
 
 def _rows(served: ServedModel) -> list[tuple[str, str]]:

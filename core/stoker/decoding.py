@@ -99,6 +99,7 @@ def decode(
         else:
             hint = ""
             what = what.replace("`", "").replace("object", "a table").replace("array", "a list")
+            what = what.removeprefix("Object ")  # "missing required field": which one, dotted says
     place = origin if isinstance(origin, str) else origin(dotted)
     source = f" (from {place})" if place else ""
     raise ConfigError(f"{dotted}: {what}{source}{'.' + hint if hint else ''}")

@@ -14,10 +14,14 @@
     │   ├── InvalidRequestError        400
     │   │   └── ContextLengthError     400, code ``context_length_exceeded``
     │   ├── AuthenticationError        401
+    │   ├── PermissionDeniedError      403
     │   ├── ModelNotFoundError         404, code ``model_not_found``
     │   ├── RequestTooLargeError       413
     │   ├── RateLimitError             429, may carry ``retry_after_s``
+    │   ├── RequestNotFoundError       404, no such request
     │   ├── DeadlineError              408, the request's own time ran out
+    │   ├── RequestCancelledError      499, somebody cancelled it through the API
+    │   ├── SlowReaderError            408, the client stopped reading
     │   └── UnavailableError           503, draining or the model is not ready
     └── EngineError              a runtime failed; what a client sees as a 500
 
@@ -25,6 +29,8 @@ Running out of KV memory is not here: it is an answer (``StepOutput.no_room``), 
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 __all__ = [
     "AuthenticationError",
@@ -36,13 +42,17 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "OutOfMemoryError",
+    "PermissionDeniedError",
     "PluginConflictError",
     "PluginContractError",
     "PluginError",
     "PluginLoadError",
     "RateLimitError",
+    "RequestCancelledError",
     "RequestError",
+    "RequestNotFoundError",
     "RequestTooLargeError",
+    "SlowReaderError",
     "StokerError",
     "UnavailableError",
 ]
@@ -91,7 +101,9 @@ class RequestError(StokerError):
         message: What is wrong and what to do about it.
         param: The request field at fault, in the client's spelling (``messages.0.role``), if one is.
         code: OpenAI's machine-readable code, if there is one.
-        retry_after_s: Seconds after which a retry makes sense; becomes ``Retry-After``.
+        retry_after_s: Seconds after which a retry makes sense; becomes ``Retry-After`` and, in
+            milliseconds, ``retry-after-ms``.
+        headers: More headers of the answer, lower-case names.
     """
 
     status_code: int = 500
@@ -105,12 +117,14 @@ class RequestError(StokerError):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code if code is not None else self.default_code
         self.retry_after_s = retry_after_s
+        self.headers = dict(headers or {})
 
 
 class InvalidRequestError(RequestError):
@@ -134,12 +148,28 @@ class AuthenticationError(RequestError):
     default_code = "invalid_api_key"
 
 
+class PermissionDeniedError(RequestError):
+    """The caller is known, but may not do this."""
+
+    status_code = 403
+    error_type = "permission_error"
+    default_code = "permission_denied"
+
+
 class ModelNotFoundError(RequestError):
     """No model of that name is served here."""
 
     status_code = 404
     error_type = "invalid_request_error"
     default_code = "model_not_found"
+
+
+class RequestNotFoundError(RequestError):
+    """No request of that id runs or is remembered, or it is another tenant's."""
+
+    status_code = 404
+    error_type = "invalid_request_error"
+    default_code = "request_not_found"
 
 
 class RequestTooLargeError(RequestError):
@@ -164,6 +194,22 @@ class DeadlineError(RequestError):
     status_code = 408
     error_type = "timeout_error"
     default_code = "deadline_exceeded"
+
+
+class RequestCancelledError(RequestError):
+    """The request was cancelled through the API. (499 is not retried by clients, as 409 would be.)"""
+
+    status_code = 499
+    error_type = "invalid_request_error"
+    default_code = "request_cancelled"
+
+
+class SlowReaderError(RequestError):
+    """The client has stopped reading its answer."""
+
+    status_code = 408
+    error_type = "timeout_error"
+    default_code = "reader_stalled"
 
 
 class UnavailableError(RequestError):

@@ -31,16 +31,18 @@ class RequestContext:
         request_id: The ``x-request-id`` of the answer.
 
     Attributes:
+        tenant: Who asks.
         model: The model that serves it, once known.
         prompt_tokens: Tokens of the prompt, once known.
         completion_tokens: Tokens generated, once known.
         error: What an unexpected end was due to.
     """
 
-    __slots__ = ("completion_tokens", "error", "model", "prompt_tokens", "request_id")
+    __slots__ = ("completion_tokens", "error", "model", "prompt_tokens", "request_id", "tenant")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+        self.tenant = "anonymous"
         self.model: str | None = None
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None

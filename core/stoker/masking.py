@@ -15,6 +15,7 @@ __all__ = ["printable"]
 _SECRET = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
 _URL_USER = re.compile(r"://[^/@\s]*@")
 _MASK = "********"
+_DIGEST_START = len("sha256:") + 8  # enough to tell which key it is: what `stoker keys` calls it
 
 
 def printable(config: Config) -> dict[str, Any]:
@@ -22,6 +23,11 @@ def printable(config: Config) -> dict[str, Any]:
     data: dict[str, Any] = msgspec.to_builtins(config)
     data["server"]["api_keys"] = [_MASK] * len(config.server.api_keys)
     data["plugins"] = {name: _masked(section) for name, section in data["plugins"].items()}
+    for tenant in data["tenants"]:
+        tenant["keys"] = [
+            f"{key[:_DIGEST_START]}..." if key.startswith("sha256:") else _MASK
+            for key in tenant["keys"]
+        ]
     for model in data["models"]:
         model["options"] = _masked(model["options"])
     return data

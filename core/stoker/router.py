@@ -1,66 +1,55 @@
-"""The router: normalises a request, finds its model, applies admission, tracks its life. Executes nothing."""
+"""The router: gives a request its model, applies admission, tracks its life. Executes nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
 
+from stoker.calls import Call, RoutedModel, check_length, encode_prompt, make_request
 from stoker.errors import (
-    ContextLengthError,
-    InvalidRequestError,
     ModelNotFoundError,
+    RequestCancelledError,
+    RequestError,
+    RequestNotFoundError,
     UnavailableError,
 )
-from stoker.types import Delta, Request, RequestRecord, SamplingParams
+from stoker.history import History, TrackedRequest
+from stoker.tenants import Tenants
+from stoker.types import Delta, Request, RequestRecord
 
 if TYPE_CHECKING:
-    from stoker.chat_template import ChatTemplate
     from stoker.config import AdmissionConfig
-    from stoker.engine.client import EngineClient, RequestStream
-    from stoker.interfaces import LoadSnapshot, Middleware, ServedModel
+    from stoker.engine.client import RequestStream
+    from stoker.interfaces import (
+        EngineSnapshot,
+        LoadSnapshot,
+        Middleware,
+        Observer,
+        SchedulingPolicy,
+        ServedModel,
+        TenantLoad,
+    )
 
-__all__ = ["Call", "Generation", "Health", "RoutedModel", "Router"]
+__all__ = [
+    "WARNING_HEADER",
+    "Call",
+    "Generation",
+    "Health",
+    "RoutedModel",
+    "Router",
+    "add_warning",
+]
 
 logger = logging.getLogger("stoker.router")
 
-_OFF_THREAD_CHARS = 20_000  # tokenizing more than this would hold up the event loop
-
-
-class Call(msgspec.Struct, kw_only=True):
-    """What the API hands over: validated as far as that goes without knowing the model.
-
-    Attributes:
-        request_id: Unique.
-        model: The model that was asked for.
-        messages: A conversation; exactly one of ``messages`` and ``prompt`` is given.
-        prompt: Text or token ids to continue.
-        sampling: How to choose tokens.
-        n: How many sequences.
-        priority: Lower runs first.
-        timeout_s: Give up after so many seconds.
-        endpoint: ``"chat"`` or ``"completion"``.
-        headers: The HTTP headers, lower-case names, without secrets.
-        tenant: Who pays.
-    """
-
-    request_id: str
-    model: str
-    messages: list[dict[str, Any]] | None = None
-    prompt: str | list[int] | None = None
-    sampling: SamplingParams
-    n: int = 1
-    priority: int = 0
-    timeout_s: float | None = None
-    endpoint: str = "completion"
-    headers: Mapping[str, str] = {}
-    tenant: str = "anonymous"
+WARNING_HEADER = "x-stoker-warning"
 
 
 class Health(msgspec.Struct, kw_only=True):
@@ -81,23 +70,6 @@ class Health(msgspec.Struct, kw_only=True):
     memory_usage_mb: float
 
 
-@dataclass(slots=True)
-class RoutedModel:
-    """A served model and the ways into it.
-
-    Attributes:
-        served: What the API shows.
-        client: The engine's asyncio side.
-        template: Its chat template.
-        heartbeat_s: When the loop of its device last came round.
-    """
-
-    served: ServedModel
-    client: EngineClient
-    template: ChatTemplate
-    heartbeat_s: Callable[[], float]
-
-
 class Generation:
     """One running request.
 
@@ -105,6 +77,7 @@ class Generation:
         request: As the engine sees it.
         model: The model that serves it.
         stream: Its deltas.
+        tracked: The API request it belongs to.
         on_end: Awaited once when the last delta was read or the reader left.
     """
 
@@ -113,11 +86,13 @@ class Generation:
         request: Request,
         model: ServedModel,
         stream: RequestStream,
+        tracked: TrackedRequest,
         on_end: Callable[[Generation], Awaitable[None]],
     ) -> None:
         self.request = request
         self.model = model
         self.stream = stream
+        self.tracked = tracked
         self._on_end = on_end
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
@@ -153,6 +128,9 @@ class Router:
         routed: The served models, the default first.
         middleware: Sees every request, in this order.
         admission: Timeouts.
+        observers: Told of what is refused.
+        tenants: Priority ceilings.
+        history: Remembers the requests.
         clock: Monotonic seconds; the same as the engine's.
         stalled_after_s: Without a heartbeat for so long, a loop counts as stalled.
 
@@ -166,6 +144,9 @@ class Router:
     routed: Sequence[RoutedModel]
     middleware: Sequence[Middleware]
     admission: AdmissionConfig
+    observers: Sequence[Observer] = ()
+    tenants: Tenants = field(default_factory=Tenants)
+    history: History = field(default_factory=History)
     clock: Callable[[], float] = time.monotonic
     stalled_after_s: float = 120.0
     draining: bool = False
@@ -205,6 +186,18 @@ class Router:
         """How busy a model is."""
         return self._find(model).client.load()
 
+    def tenant_load(self, model: str, tenant: str) -> TenantLoad:
+        """How much of a model's queue a tenant takes."""
+        return self._find(model).client.tenant_load(tenant)
+
+    def snapshot(self, model: str) -> EngineSnapshot:
+        """What a model is doing now."""
+        return self._find(model).client.snapshot()
+
+    def policy(self, model: str) -> SchedulingPolicy:
+        """The policy that schedules a model."""
+        return self._find(model).client.policy
+
     @property
     def uptime_s(self) -> float:
         """Seconds since the router was made."""
@@ -231,36 +224,144 @@ class Router:
     # ------------------------------------------------------------------ requests
 
     async def generate(self, call: Call) -> Generation:
-        """Check a call against its model and start it.
+        """Start a single call.
 
         Raises:
             RequestError: It cannot be served; nothing was started.
         """
+        (generation,) = await self.start([call])
+        return generation
+
+    async def start(self, calls: Sequence[Call]) -> list[Generation]:
+        """Check an API request's calls against their model and start all of them, or none.
+
+        Args:
+            calls: At least one, for one model.
+
+        Raises:
+            RequestError: One of them cannot be served; those before it were aborted.
+        """
+        tracked = self._track(calls[0])
+        generations: list[Generation] = []
+        try:
+            for call in calls:
+                generations.append(await self._start(call, tracked))  # noqa: PERF401 - see below
+        except BaseException as error:
+            # What has started must be known here, which a comprehension would not tell.
+            for generation in generations:
+                generation.abort()
+            if isinstance(error, Exception):
+                self._count_refused(calls[0], error)
+            raise
+        finally:
+            self.history.release(tracked)
+        return generations
+
+    def _track(self, call: Call) -> TrackedRequest:
+        tracked = TrackedRequest(
+            call.group or call.request_id,
+            call.tenant,
+            call.model,
+            call.endpoint,
+            int(time.time()),  # noqa: TID251 - a timestamp in a body
+        )
+        self.history.begin(tracked)
+        return tracked
+
+    async def _start(self, call: Call, tracked: TrackedRequest) -> Generation:
         if self.draining:
             raise UnavailableError("the server is shutting down; send the request elsewhere")
         routed = self._find(call.model)
-        prompt = await self._prompt(routed, call)
-        field_name = "messages" if call.messages is not None else "prompt"
-        request = self._request(routed, call, prompt, field_name)
+        prompt = await encode_prompt(routed, call)
+        priority, warning = self._priority(call)
+        request = make_request(
+            routed,
+            call,
+            prompt,
+            priority=priority,
+            now_s=self.clock(),
+            admission=self.admission,
+        )
         request = await self._admit(request)
+        if warning:
+            add_warning(request.response_headers, warning)
         try:
+            if tracked.is_cancelled:
+                raise _cancelled()
             # Middleware may have changed what was asked for.
-            _check_length(routed, request.sampling, len(request.prompt_token_ids), field_name)
+            check_length(routed, request.sampling, len(request.prompt_token_ids), call.prompt_field)
             stream = routed.client.submit(request)
         except BaseException:
             await self._tell(self.middleware, request, ())
             raise
+        tracked.add(stream)
         self.num_accepted += 1
         self.num_active += 1
         self.idle.clear()
-        return Generation(request, routed.served, stream, self._ended)
+        return Generation(request, routed.served, stream, tracked, self._ended)
+
+    def _priority(self, call: Call) -> tuple[int, str]:
+        """The priority that the call's tenant may have, and a warning if it asked for a better one."""
+        asked = call.priority or 0
+        ceiling = self.tenants.get(call.tenant).priority_ceiling
+        if ceiling is None or asked >= ceiling:
+            return asked, ""
+        if call.priority is None:
+            return ceiling, ""
+        return ceiling, f"priority {asked} lowered to {ceiling}, the most urgent of this tenant"
+
+    def _count_refused(self, call: Call, error: Exception) -> None:
+        served = [r.served.model_id for r in self.routed if r.served.model_id == call.model]
+        code = "internal_error"
+        if isinstance(error, RequestError):
+            code = error.code or error.error_type
+        for observer in self.observers:
+            try:
+                # What a client calls a model must not become a label: there is no end to names.
+                observer.on_refuse(served[0] if served else "", call.tenant, code)
+            except Exception:
+                logger.exception("observer %s.on_refuse failed", type(observer).__name__)
+
+    def cancel(self, request_id: str, tenant: str) -> bool:
+        """Cancel what a tenant runs under an id, wherever it is; returns whether anything ran.
+
+        Its readers get a ``RequestCancelledError``.
+
+        Raises:
+            RequestNotFoundError: The tenant has no such request, running or remembered.
+        """
+        self.tracked(request_id, tenant)
+        running = [
+            tracked
+            for tracked in self.history.running(tenant, request_id)
+            if tracked.status() in {"waiting", "running"}
+        ]
+        for tracked in running:
+            tracked.cancel(_cancelled())
+        return bool(running)
+
+    def tracked(self, request_id: str, tenant: str) -> TrackedRequest:
+        """A tenant's latest request under an id.
+
+        Raises:
+            RequestNotFoundError: The tenant has no such request, running or remembered.
+        """
+        found = self.history.find(tenant, request_id)
+        if found is None:
+            raise RequestNotFoundError(
+                f"no request {request_id[:200]!r} runs or is remembered; its id is the x-request-id "
+                "of its answer"
+            )
+        return found
 
     async def _admit(self, request: Request) -> Request:
         """The request as the middleware leaves it; who let it pass learns of it if another refuses."""
         passed: list[Middleware] = []
         try:
             for middleware in self.middleware:
-                request = await middleware.on_request(request)
+                edited = await middleware.on_request(request)
+                _check_edited(middleware, edited)
+                request = edited
                 passed.append(middleware)
         except BaseException:
             await self._tell(passed, request, ())
@@ -269,6 +370,7 @@ class Router:
 
     async def _ended(self, generation: Generation) -> None:
         await generation.stream.wait_until_over()
+        self.history.release(generation.tracked)
         self.num_active -= 1
         if not self.num_active:
             self.idle.set()
@@ -285,75 +387,26 @@ class Router:
             except Exception:
                 logger.exception("middleware %s.on_finish failed", type(middleware).__name__)
 
-    async def _prompt(self, routed: RoutedModel, call: Call) -> list[int]:
-        """The call's prompt as token ids."""
-        if call.messages is not None:
-            size = sum(len(str(message.get("content") or "")) for message in call.messages)
-            if size < _OFF_THREAD_CHARS:
-                return routed.template.encode(call.messages)
-            return await asyncio.to_thread(routed.template.encode, call.messages)
-        if isinstance(call.prompt, list):
-            return call.prompt
-        # A completion's prompt is the developer's own: who renders a template on the client's side
-        # means the control tokens in it. Text of others belongs into messages.
-        text = call.prompt or ""
-        encode = routed.client.tokenizer.encode
-        if len(text) < _OFF_THREAD_CHARS:
-            return encode(text, add_special=True, parse_special=True)
-        return await asyncio.to_thread(encode, text, add_special=True, parse_special=True)
 
-    def _request(
-        self, routed: RoutedModel, call: Call, prompt: list[int], field_name: str
-    ) -> Request:
-        info = routed.client.info
-        if not prompt:
-            raise InvalidRequestError(
-                "the prompt is empty; send at least one token", param=field_name
-            )
-        for token in prompt if isinstance(call.prompt, list) else ():
-            if not 0 <= token < info.vocab_size:
-                raise InvalidRequestError(
-                    f"token id {token} is not in the vocabulary of {info.vocab_size} tokens",
-                    param=field_name,
-                )
-        for token in call.sampling.logit_bias:
-            if not 0 <= token < info.vocab_size:
-                raise InvalidRequestError(
-                    f"logit_bias names token id {token}, which is not in the vocabulary of "
-                    f"{info.vocab_size} tokens",
-                    param="logit_bias",
-                )
-        _check_length(routed, call.sampling, len(prompt), field_name)
-        now_s = self.clock()
-        timeouts = [t for t in (call.timeout_s, self.admission.request_timeout_s) if t]
-        queue_timeout_s = self.admission.queue_timeout_s
-        return Request(
-            request_id=call.request_id,
-            model=routed.served.model_id,
-            prompt_token_ids=prompt,
-            sampling=call.sampling,
-            n=call.n,
-            priority=call.priority,
-            tenant=call.tenant,
-            arrival_s=now_s,
-            queue_deadline_s=now_s + queue_timeout_s if queue_timeout_s else None,
-            deadline_s=now_s + min(timeouts) if timeouts else None,
-            endpoint=call.endpoint,
-            headers=call.headers,
-            metadata={},
-        )
+def _check_edited(middleware: Middleware, request: object) -> None:
+    """Refuse what the engine cannot execute; whoever passed it on is named in the log.
+
+    Raises:
+        TypeError: It is no request.
+        ValueError: It has no prompt, or asks for no sequence.
+    """
+    name = type(middleware).__name__
+    if not isinstance(request, Request):
+        raise TypeError(f"{name}.on_request returned {type(request).__name__}, not a Request")
+    if not len(request.prompt_token_ids) or request.n < 1:
+        raise ValueError(f"{name}.on_request returned a request without a prompt or with n < 1")
 
 
-def _check_length(
-    routed: RoutedModel, sampling: SamplingParams, num_prompt: int, field_name: str
-) -> None:
-    limit = routed.client.max_total_tokens
-    wanted = sampling.max_tokens or 0
-    if num_prompt + max(wanted, 1) <= limit:
-        return
-    asked = f" and {wanted} tokens were requested" if wanted else ""
-    raise ContextLengthError(
-        f"this model's context holds {limit} tokens, but the prompt has {num_prompt}{asked}; "
-        "shorten the prompt or lower max_tokens",
-        param=field_name if num_prompt >= limit or not wanted else "max_tokens",
-    )
+def add_warning(headers: dict[str, str], warning: str) -> None:
+    """Add to the warnings that an answer's headers carry already."""
+    before = headers.get(WARNING_HEADER)
+    headers[WARNING_HEADER] = f"{before}, {warning}" if before else warning
+
+
+def _cancelled() -> RequestCancelledError:
+    return RequestCancelledError("the request was cancelled through the API")

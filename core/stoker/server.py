@@ -1,4 +1,4 @@
-"""Assembles a server from a configuration and plugins, runs it, and takes it down in order.
+"""Assembles a server from a configuration and plugins, and takes it down in order.
 
 configuration + plugins -> models -> engines -> loops -> router -> HTTP application
 """
@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
-import uvicorn
+import msgspec
 
 from stoker.api.app import build_app
-from stoker.banner import print_banner
 from stoker.chat_template import ChatTemplate
-from stoker.config import Config, ModelConfig
+from stoker.config import Config, ModelConfig, TenantConfig
 from stoker.discovery import Plugins, resolve_model
 from stoker.engine.client import EngineClient
 from stoker.engine.loop import EngineLoop
 from stoker.engine.model_engine import ModelEngine
+from stoker.engine.readers import ReaderLimits
 from stoker.errors import ConfigError, ModelError
+from stoker.history import History
 from stoker.interfaces import (
     BackendInfo,
+    EngineSnapshot,
     LoadSettings,
     LoadSnapshot,
     MiddlewareInfo,
@@ -34,17 +34,20 @@ from stoker.interfaces import (
     PolicyInfo,
     RouteInfo,
     Runtime,
+    SchedulingPolicy,
     ServedModel,
     ServerContext,
+    TenantLoad,
 )
-from stoker.logs import setup_logging
 from stoker.router import RoutedModel, Router
+from stoker.tenants import Tenants
 from stoker.types import LocalModel
 
 if TYPE_CHECKING:
-    from litestar import Litestar
+    from stoker.api.access import Application
+    from stoker.api.auth import KeyRing
 
-__all__ = ["Server", "build_server", "serve"]
+__all__ = ["Server", "build_server"]
 
 logger = logging.getLogger("stoker.server")
 
@@ -62,10 +65,11 @@ class Server(ServerContext):
         router: What requests go to.
         app: The ASGI application.
         loops: One loop for each device.
+        tenants: Their settings; they change when the configuration is read again.
     """
 
     router: Router
-    app: Litestar
+    app: Application
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.config = config
@@ -73,6 +77,7 @@ class Server(ServerContext):
         self.clock: Callable[[], float] = time.monotonic
         self.observers: Mapping[str, Observer] = {}
         self.loops: dict[str, EngineLoop] = {}
+        self.tenants = Tenants(config.tenants)
         self._runtimes: list[Runtime] = []
         self._stopped = False
 
@@ -85,6 +90,22 @@ class Server(ServerContext):
     def load(self, model: str) -> LoadSnapshot:
         """How busy a model is."""
         return self.router.load(model)
+
+    def tenant_load(self, model: str, tenant: str) -> TenantLoad:
+        """How much of a model's queue a tenant takes."""
+        return self.router.tenant_load(model, tenant)
+
+    def snapshot(self, model: str) -> EngineSnapshot:
+        """What a model is doing now."""
+        return self.router.snapshot(model)
+
+    def policy(self, model: str) -> SchedulingPolicy:
+        """The policy that schedules a model."""
+        return self.router.policy(model)
+
+    def tenant(self, name: str) -> TenantConfig:
+        """A tenant's settings, as they are now."""
+        return self.tenants.get(name)
 
     @property
     def uptime_s(self) -> float:
@@ -121,6 +142,9 @@ class Server(ServerContext):
             routed=routed,
             middleware=[],
             admission=self.config.admission,
+            observers=list(self.observers.values()),
+            tenants=self.tenants,
+            history=History(self.config.server.history),
             clock=self.clock,
             stalled_after_s=self.config.server.stalled_after_s,
         )
@@ -132,6 +156,8 @@ class Server(ServerContext):
         for route in cast(list[RouteInfo], self.plugins.active("route", self.config)):
             handlers += self._make(route, self)
         self.app = build_app(self.config, self.router, route_handlers=handlers)
+        if self.app.keys.is_required and not self.app.keys:
+            logger.warning("there is no key yet: `stoker keys new TENANT` makes one")
 
     def _make(self, info: Any, *arguments: Any) -> Any:
         """What a descriptor's factory builds, with its options if it takes any."""
@@ -178,6 +204,11 @@ class Server(ServerContext):
             config.cache,
             list(self.observers.values()),
             self.clock,
+            tenants=self.tenants,
+            weight=model.weight,
+            reader_limits=ReaderLimits(
+                config.server.max_unread_tokens, config.server.reader_timeout_s
+            ),
         )
         loop.engines.append(engine)
         template = ChatTemplate(
@@ -203,6 +234,17 @@ class Server(ServerContext):
             f"no installed backend can load {local.path.name} (installed: {have}); "
             "for GGUF files: pip install stoker-backend-gguf"
         )
+
+    def apply(self, config: Config, keys: KeyRing) -> None:
+        """Take the tenants and keys of a configuration that was read again; all else stays.
+
+        Args:
+            config: The new configuration.
+            keys: Its keys.
+        """
+        self.tenants.replace(config.tenants)
+        self.app.keys = keys
+        self.config = msgspec.structs.replace(self.config, tenants=config.tenants)
 
     # ------------------------------------------------------------------ life cycle
 
@@ -268,85 +310,3 @@ def build_server(config: Config, plugins: Plugins) -> Server:
     server = Server(config, plugins)
     server.build()
     return server
-
-
-class _UvicornServer(uvicorn.Server):
-    """Uvicorn whose first signal drains, whose second cancels what runs, and whose third just ends."""
-
-    def __init__(
-        self, config: uvicorn.Config, server: Server, announce: Callable[[str], None]
-    ) -> None:
-        super().__init__(config)
-        self._server = server
-        self._announce = announce
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._num_signals = 0
-        self._draining: asyncio.Future[None] | None = None
-
-    async def startup(self, sockets: list[Any] | None = None) -> None:
-        await super().startup(sockets)
-        self._loop = asyncio.get_running_loop()
-        if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._num_signals += 1
-        if self._loop is None or self._num_signals > 2:
-            self.should_exit = self.force_exit = True
-            return
-        timeout_s = None if self._num_signals == 1 else 0.0
-        if self._num_signals == 1:
-            logger.info("%s: draining; send it again to stop at once", signal.Signals(sig).name)
-        self._server.router.draining = True
-        # A signal handler runs between any two instructions; the loop itself must make the task.
-        self._loop.call_soon_threadsafe(self._start_draining, timeout_s)
-
-    def _start_draining(self, timeout_s: float | None) -> None:
-        if self._draining is not None:
-            self._draining.cancel()
-        self._draining = asyncio.ensure_future(self._drain(timeout_s))
-
-    async def _drain(self, timeout_s: float | None) -> None:
-        await self._server.drain(timeout_s)
-        self.should_exit = True
-
-
-def serve(config: Config, plugins: Plugins) -> int:
-    """Serve until a signal; returns the process's exit code.
-
-    Raises:
-        StokerError: The server cannot start; the message says why.
-    """
-    setup_logging(config.logging)
-    server = build_server(config, plugins)
-    try:
-        server.start()
-        http = _UvicornServer(
-            uvicorn.Config(
-                server.app,
-                host=config.server.host,
-                port=config.server.port,
-                loop="auto",
-                http="httptools",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=5,
-                timeout_keep_alive=75,  # longer than clients keep idle connections
-                backlog=2048,
-            ),
-            server,
-            lambda address: print_banner(server, address),
-        )
-        try:
-            http.run()
-        except SystemExit as error:  # uvicorn's way to say that it could not listen
-            raise ConfigError(
-                f"cannot listen on {config.server.host}:{config.server.port}; "
-                "is another server running there? choose another --port"
-            ) from error
-    finally:
-        server.stop()
-    return 0

@@ -8,6 +8,7 @@ Environment variables:
   (``STOKER_MODEL_LANES=8``) sets a field of every model.
 * ``STOKER_PLUGINS__<NAME>__<KEY>``: a plugin's option; dashes of the name are underscores. The value
   is read as TOML (``5``, ``true``, ``["a"]``), or as text where it is no TOML.
+* Tenants stand in the file only.
 * ``STOKER_CONFIG`` (the file), ``STOKER_PLUGINS`` (limits which plugins load), ``STOKER_CACHE`` (where
   assembled models lie) and ``STOKER_API_KEY`` (what ``stoker chat`` and ``stoker models`` present to a
   server) are read elsewhere.
@@ -17,7 +18,6 @@ Any other ``STOKER_*`` variable is refused: it would be a setting that silently 
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
 import typing
@@ -25,13 +25,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from stoker.checks import check_config, tables
 from stoker.config import DEFAULT_MODEL, Config, ModelConfig
 from stoker.decoding import decode, did_you_mean, struct_fields
 from stoker.errors import ConfigError
 
-__all__ = ["DEFAULT_FILE", "OTHER_VARIABLES", "Origins", "load_config"]
+__all__ = ["DEFAULT_FILE", "OTHER_VARIABLES", "Origins", "config_file", "load_config"]
 
 DEFAULT_FILE = "stoker.toml"
 
@@ -41,25 +40,9 @@ OTHER_VARIABLES = frozenset({"STOKER_CONFIG", "STOKER_PLUGINS", "STOKER_CACHE", 
 Origins = dict[str, str]
 """Dotted key -> ``default``, the file's path, ``environment STOKER_X`` or ``flag --x``."""
 
+_NOT_IN_ENVIRONMENT = ("models", "plugins", "tenants")  # written differently there, or not at all
 _PLUGIN_PREFIX = "STOKER_PLUGINS__"
 
-# Least and greatest value of each number. ``math.inf`` means: no upper limit, but finite.
-_RANGES: dict[str, tuple[float, float]] = {
-    "server.port": (0, 65535),
-    "server.max_body_bytes": (1, math.inf),
-    "server.drain_timeout_s": (0, math.inf),
-    "server.stalled_after_s": (1, math.inf),
-    "models.lanes": (1, math.inf),
-    "models.context": (1, math.inf),
-    "scheduler.max_num_batched_tokens": (1, math.inf),
-    "scheduler.max_prefill_tokens_while_decoding": (1, math.inf),
-    "admission.max_queue_requests": (1, math.inf),
-    "admission.max_queue_tokens": (1, math.inf),
-    "admission.queue_timeout_s": (0, math.inf),
-    "admission.request_timeout_s": (0, math.inf),
-    "admission.max_n": (1, math.inf),
-    "performance.threads": (1, math.inf),
-}
 # Flags that are not called like their setting.
 _FLAGS = {
     "models.model": "argument MODEL",
@@ -67,7 +50,6 @@ _FLAGS = {
     "logging.level": "flag --log-level",
     "logging.format": "flag --log-format",
 }
-_NOT_EMPTY = ("server.host", "models.model", "models.id", "models.backend", "scheduler.policy")
 
 
 def load_config(
@@ -102,8 +84,20 @@ def load_config(
             origins[dotted] = origin
     _apply_to_models(tree, origins, models)
     config = decode(tree, Config, origin=lambda dotted: _origin_of(dotted, origins))
-    _check_ranges(config, origins)
+    check_config(config, lambda dotted: _origin_of(dotted, origins))
     return config, _complete(config, origins)
+
+
+def config_file(path: str | None, environ: Mapping[str, str]) -> Path | None:
+    """The file that ``load_config`` would read; ``None`` if there is none.
+
+    Args:
+        path: The file that ``--config`` names.
+        environ: The environment.
+    """
+    named = path or environ.get("STOKER_CONFIG") or None
+    file = Path(named or DEFAULT_FILE).expanduser()
+    return file if named is not None or file.is_file() else None
 
 
 # --------------------------------------------------------------------------- sources
@@ -170,7 +164,7 @@ def _variables() -> dict[str, tuple[str, Any]]:
     """Environment variable -> dotted key and type."""
     found: dict[str, tuple[str, Any]] = {}
     for section, struct in struct_fields(Config).items():
-        if section in ("models", "plugins"):
+        if section in _NOT_IN_ENVIRONMENT:
             continue
         for field, type_ in struct_fields(struct).items():
             found[f"STOKER_{section}_{field}".upper()] = (f"{section}.{field}", type_)
@@ -226,44 +220,7 @@ def _apply_to_models(
     tree["models"] = entries
 
 
-# --------------------------------------------------------------------------- checks
-
-
-def _check_ranges(config: Config, origins: Origins) -> None:
-    data = msgspec.to_builtins(config)
-    for section, content in data.items():
-        tables = [(section, content)]
-        if section == "models":
-            tables = [(f"models[{index}]", entry) for index, entry in enumerate(content)]
-        elif section == "plugins":
-            continue
-        for where, table in tables:
-            for field, value in table.items():
-                problem = _problem(f"{section}.{field}", value)
-                if problem:
-                    dotted = f"{where}.{field}"
-                    raise ConfigError(f"{dotted}: {problem} (from {_origin_of(dotted, origins)})")
-    if "" in config.server.api_keys:
-        raise ConfigError("server.api_keys: a key must not be empty")
-    ids = [model.id for model in config.models]
-    for index, name in enumerate(ids):
-        if name is not None and name in ids[:index]:
-            raise ConfigError(f"models[{index}].id: {name!r} is used twice")
-
-
-def _problem(key: str, value: Any) -> str | None:
-    if key in _NOT_EMPTY and value == "":
-        return "must not be empty"
-    if key not in _RANGES or value is None:
-        return None
-    least, greatest = _RANGES[key]
-    if not math.isfinite(value):
-        return f"must be a finite number, got {value}"
-    if value < least:
-        return f"must be at least {least:g}, got {value}"
-    if value > greatest:
-        return f"must be at most {greatest:g}, got {value}"
-    return None
+# --------------------------------------------------------------------------- origins
 
 
 def _origin_of(dotted: str, origins: Origins) -> str:
@@ -277,16 +234,5 @@ def _origin_of(dotted: str, origins: Origins) -> str:
 
 def _complete(config: Config, origins: Origins) -> Origins:
     """An origin for every field there is, in order; the parents are dropped."""
-    complete: Origins = {}
-    for section, content in msgspec.to_builtins(config).items():
-        if section == "models":
-            tables = [(f"models[{index}]", entry) for index, entry in enumerate(content)]
-        elif section == "plugins":
-            tables = [(f"plugins.{name}", entry) for name, entry in content.items()]
-        else:
-            tables = [(section, content)]
-        for where, table in tables:
-            for field in table:
-                dotted = f"{where}.{field}"
-                complete[dotted] = origins.get(dotted, "default")
-    return complete
+    dotted = (f"{where}.{field}" for _, where, table in tables(config) for field in table)
+    return {key: origins.get(key, "default") for key in dotted}

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -21,9 +21,12 @@ __all__ = [
     "Delta",
     "FinishReason",
     "LocalModel",
+    "Preemption",
     "Request",
     "RequestRecord",
     "SamplingParams",
+    "ScheduledTokens",
+    "SequenceTrace",
     "SequenceView",
     "StepInput",
     "StepOutput",
@@ -95,6 +98,7 @@ class Request(msgspec.Struct, kw_only=True):
         endpoint: ``"chat"``, ``"completion"`` or a plugin's own word.
         headers: The HTTP headers, lower-case names, for middleware; secrets removed.
         metadata: Free for middleware to pass values along.
+        response_headers: Headers that middleware wants the answer to have, lower-case names.
     """
 
     request_id: str
@@ -110,6 +114,7 @@ class Request(msgspec.Struct, kw_only=True):
     endpoint: str = "completion"
     headers: Mapping[str, str] = {}
     metadata: dict[str, Any] = {}
+    response_headers: dict[str, str] = {}
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,6 +216,11 @@ class SequenceView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         max_tokens: Most tokens it may generate.
         num_preemptions: How often it lost its lane.
         deadline_s: When it must be finished, if it says so.
+        admitted_s: When it first got a lane; ``None`` if it never had one.
+        waiting_since_s: When it last entered the queue: its arrival, or its last preemption.
+        num_passed: How many sequences were admitted past it because it did not fit and they did.
+        num_deferred: In how many steps in a row the policy has left out its decode.
+        expected_output_tokens: How many tokens it will probably generate, by what others did lately.
     """
 
     sequence_id: int
@@ -224,6 +234,29 @@ class SequenceView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     max_tokens: int
     num_preemptions: int
     deadline_s: float | None
+    admitted_s: float | None = None
+    waiting_since_s: float = 0.0
+    num_passed: int = 0
+    num_deferred: int = 0
+    expected_output_tokens: int = 0
+
+
+class ScheduledTokens(NamedTuple):
+    """What one step computed for one sequence.
+
+    Attributes:
+        tenant: Who pays.
+        prefill: Prompt tokens computed for the first time.
+        decode: 1 if it decoded, else 0.
+        recomputed: Tokens that had been computed before it lost its lane: nobody's fault but the scheduler's.
+        sequence_id: The sequence.
+    """
+
+    tenant: str
+    prefill: int
+    decode: int
+    recomputed: int
+    sequence_id: int
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,9 +276,14 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
         num_cache_queries: Prompt tokens looked up in retained KV, since the start.
         num_cache_hits: Of those, tokens found, since the start.
         num_policy_errors: How often the policy failed, since the start.
-        num_runtime_errors: How often a step of the runtime failed, since the start.
+        num_runtime_errors: How often the runtime failed, in a step or in freeing KV, since the start.
         token_gaps_s: For each sequence that got a token and had one before: seconds since.
-        scheduled: For each scheduled sequence ``(tenant, prefill tokens, decode tokens)``.
+        scheduled: What was computed for each scheduled sequence.
+        num_recomputed_tokens: Tokens computed again after a preemption.
+        num_paused: Sequences that wait for their reader, after the step.
+        policy_s: Of ``duration_s``, inside the policy (its ``on_step`` counts for the next record).
+        num_slow_policy_calls: Calls of the policy that held up everything for long, since the start.
+        num_observer_errors: How often an observer failed, since the start.
     """
 
     model: str
@@ -263,7 +301,84 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     num_policy_errors: int = 0
     num_runtime_errors: int = 0
     token_gaps_s: Sequence[float] = ()
-    scheduled: Sequence[tuple[str, int, int]] = ()
+    scheduled: Sequence[ScheduledTokens] = ()
+    num_recomputed_tokens: int = 0
+    num_paused: int = 0
+    policy_s: float = 0.0
+    num_slow_policy_calls: int = 0
+    num_observer_errors: int = 0
+
+
+class Preemption(msgspec.Struct, frozen=True, kw_only=True):
+    """A lane that was lost.
+
+    Attributes:
+        after_s: When, in seconds since arrival.
+        reason: ``policy`` (a newcomer the policy prefers), ``reservation`` (a lane or KV that is reserved
+            for another tenant), ``no_room`` (KV memory ran out), ``reader`` (its reader does not read) or
+            ``failure`` (the lane's KV was lost by a failed step).
+        lost_tokens: Tokens whose KV was in the lane; what nobody overwrites is found again.
+    """
+
+    after_s: float
+    reason: str
+    lost_tokens: int
+
+
+class SequenceTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """What the scheduler did with one sequence: the answer to "why did that take so long?".
+
+    Attributes:
+        status: ``waiting``, ``prefill``, ``decode``, ``preempted``, ``paused`` or ``finished``.
+        queue_s: Arrival to first admission, or until now, or to the end.
+        waiting_ahead: Sequences that waited when it arrived; ``waiting_ahead_own``: of its own tenant.
+        waiting_ahead_own: See ``waiting_ahead``.
+        waiting_ahead_tokens: Prompt and requested tokens of those.
+        running_at_arrival: Sequences that held a lane when it arrived.
+        passed_by: How many were admitted past it because it did not fit and they did.
+        admitted_by: The rule that admitted it, in words; empty while it waits.
+        prompt_tokens: Length of the prompt.
+        cached_tokens: Prompt tokens found in KV.
+        computed_tokens: Prompt tokens computed.
+        recomputed_tokens: Tokens computed again after preemptions.
+        completion_tokens: Tokens generated.
+        num_prefill_steps: Steps that computed prompt tokens of it.
+        num_decode_steps: Steps that decoded it.
+        num_deferred_steps: Steps whose decode the policy left out.
+        num_preemptions: How often it lost its lane.
+        preemptions: The first of them, at most 16.
+        paused_s: How long it waited for its reader.
+        time_to_first_token_s: Arrival to first token; ``None`` if there was none.
+        tokens_per_s: Generated tokens per second after the first; ``None`` below two.
+        total_s: Arrival to now, or to the end.
+        finish_reason: Why it ended; ``None`` while it has not.
+        error: What went wrong.
+    """
+
+    status: str
+    queue_s: float
+    total_s: float
+    prompt_tokens: int
+    waiting_ahead: int = 0
+    waiting_ahead_own: int = 0
+    waiting_ahead_tokens: int = 0
+    running_at_arrival: int = 0
+    passed_by: int = 0
+    admitted_by: str = ""
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    completion_tokens: int = 0
+    num_prefill_steps: int = 0
+    num_decode_steps: int = 0
+    num_deferred_steps: int = 0
+    num_preemptions: int = 0
+    preemptions: Sequence[Preemption] = ()
+    paused_s: float = 0.0
+    time_to_first_token_s: float | None = None
+    tokens_per_s: float | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
 
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -282,6 +397,8 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
         total_s: Arrival to end.
         num_preemptions: How often it lost its lane.
         error: What went wrong, for ``FinishReason.ERROR``.
+        error_code: Its ``code`` for programs, such as ``deadline_exceeded``; ``None`` if it has none.
+        trace: What the scheduler did with it.
     """
 
     request_id: str
@@ -296,3 +413,5 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float
     num_preemptions: int
     error: str | None = None
+    error_code: str | None = None
+    trace: SequenceTrace | None = None

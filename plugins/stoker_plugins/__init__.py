@@ -16,6 +16,13 @@ from stoker import (
     hookimpl,
 )
 from stoker.testing.scripted_options import ScriptedOptions
+from stoker_plugins.limits_options import LimitsOptions
+from stoker_plugins.policies.options import (
+    DeadlineOptions,
+    FairOptions,
+    FcfsOptions,
+    TokenBudgetOptions,
+)
 
 __all__: list[str] = []
 
@@ -52,7 +59,29 @@ def stoker_register_policies() -> Sequence[PolicyInfo]:
             api_version=1,
             name="fcfs",
             summary="First come, first served",
-            factory=_lazy(".fcfs", "FirstComeFirstServed"),
+            factory=_lazy(".policies.fcfs", "FirstComeFirstServed"),
+            options=FcfsOptions,
+        ),
+        PolicyInfo(
+            api_version=1,
+            name="token-budget",
+            summary="Least predicted work first, within a budget of tokens, with ageing",
+            factory=_lazy(".policies.token_budget", "TokenBudget"),
+            options=TokenBudgetOptions,
+        ),
+        PolicyInfo(
+            api_version=1,
+            name="fair",
+            summary="Fair shares for tenants, by weight: the Virtual Token Counter",
+            factory=_lazy(".policies.fair", "FairShare"),
+            options=FairOptions,
+        ),
+        PolicyInfo(
+            api_version=1,
+            name="deadline",
+            summary="Earliest deadline first; refuses what would miss its deadline",
+            factory=_lazy(".policies.deadline", "EarliestDeadlineFirst"),
+            options=DeadlineOptions,
         ),
     ]
 
@@ -63,8 +92,25 @@ def stoker_register_middleware() -> Sequence[MiddlewareInfo]:
     return [
         MiddlewareInfo(
             api_version=1,
+            name="deadline-admission",
+            summary="Refuses requests that would miss their deadline, under the policy deadline",
+            factory=_lazy(".policies.deadline", "DeadlineAdmission"),
+            active_by_default=True,
+            order=910,  # after the bounds, which are cheaper to check
+        ),
+        MiddlewareInfo(
+            api_version=1,
+            name="limits",
+            summary="Requests and tokens by time, and requests at once, per tenant ([[tenants]])",
+            factory=_lazy(".limits", "Limits"),
+            options=LimitsOptions,
+            active_by_default=True,
+            order=200,
+        ),
+        MiddlewareInfo(
+            api_version=1,
             name="queue-limit",
-            summary="Refuses requests that would overfill a model's queue ([admission])",
+            summary="Refuses requests that would overfill a model's queue ([admission], [[tenants]])",
             factory=_lazy(".queue_limit", "QueueLimit"),
             active_by_default=True,
             order=900,  # the last word: after whatever may edit a request

@@ -16,6 +16,7 @@ import uvicorn
 import uvloop
 
 from stoker.api.app import build_app
+from stoker.api.connection import HttpProtocol
 from stoker.config import Config, ModelConfig
 from stoker.discovery import load_plugins
 from stoker.server import Server, build_server
@@ -52,7 +53,7 @@ class Running:
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._uvicorn = uvicorn.Server(
-            uvicorn.Config(app, http="httptools", lifespan="on", log_config=None, access_log=False)
+            uvicorn.Config(app, http=HttpProtocol, lifespan="on", log_config=None, access_log=False)
         )
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

@@ -93,6 +93,18 @@ def serve(tmp_path: Path) -> Serve:
     return start
 
 
+@pytest.fixture(scope="module")
+def serve_once(tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """Start servers, as ``serve`` does, that the tests of a module share."""
+
+    def start(
+        *arguments: str, config: str | None = None
+    ) -> contextlib.AbstractContextManager[Served]:
+        return _serve(tmp_path_factory.mktemp("server"), *arguments, config=config)
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The default model, served as ``stoker serve`` does without arguments, but for a smaller context."""

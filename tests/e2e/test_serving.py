@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import signal
-import time
 from typing import Any
 
 import httpx
@@ -97,57 +95,6 @@ model = "scripted:fake"
         jobs = [pool.submit(complete, served, "hello", 20, model=m) for m in ("real", "fake") * 3]
         texts = [job.result().json()["choices"][0]["text"] for job in jobs]
     assert len(set(texts)) == 2
-
-
-def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(serve: Any) -> None:
-    with (
-        serve("scripted:m", config=SLOW) as served,
-        concurrent.futures.ThreadPoolExecutor() as pool,
-    ):
-        running = pool.submit(complete, served, "hello", 150)
-        served.wait_for(lambda: served.metric("stoker_num_requests_running") == 1)
-        served.process.send_signal(signal.SIGTERM)
-        served.wait_for(lambda: httpx.get(f"{served.url}/ready").status_code == 503)
-        assert httpx.get(f"{served.url}/health").json()["status"] == "draining"
-        refused = complete(served, "too late")
-        assert refused.status_code == 503
-        assert refused.json()["error"]["code"] == "service_unavailable"
-        assert len(running.result().json()["choices"][0]["text"]) == 150
-        assert served.process.wait(20) == 0
-        assert "Traceback" not in served.log.read_text()
-
-
-def test_what_does_not_finish_in_time_is_cancelled_with_an_error_event(serve: Any) -> None:
-    config = f"[server]\ndrain_timeout_s = 0.3\n{SLOW}"
-    with serve("scripted:m", config=config) as served:
-        body = {"prompt": "endless", "max_tokens": 3000, "stream": True}
-        with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as stream:
-            lines = stream.iter_lines()
-            assert next(lines).startswith("data: {")
-            served.process.send_signal(signal.SIGTERM)
-            events = [line for line in lines if line]
-        assert "[DONE]" not in events[-1]
-        error = json.loads(events[-1].removeprefix("data: "))["error"]
-        assert error["code"] == "server_shutdown"
-        assert served.process.wait(20) == 0
-        assert "Traceback" not in served.log.read_text()
-
-
-def test_a_second_signal_stops_at_once(serve: Any) -> None:
-    with (
-        serve("scripted:m", config=SLOW) as served,
-        concurrent.futures.ThreadPoolExecutor() as pool,
-    ):
-        running = pool.submit(complete, served, "endless", 3900)
-        served.wait_for(lambda: served.metric("stoker_num_requests_running") == 1)
-        served.process.send_signal(signal.SIGINT)
-        served.wait_for(lambda: httpx.get(f"{served.url}/ready").status_code == 503)
-        asked = time.monotonic()
-        served.process.send_signal(signal.SIGINT)
-        served.process.wait(20)
-        # Not after the 30 s that running requests may take.
-        assert time.monotonic() - asked < 20
-        assert running.result().json()["error"]["code"] == "server_shutdown"
 
 
 def test_json_logs_carry_the_request_id_and_no_prompt(serve: Any) -> None:

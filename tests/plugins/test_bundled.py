@@ -1,4 +1,4 @@
-"""The bundled policy, queue bound and metrics."""
+"""The bundled policy and metrics."""
 
 from __future__ import annotations
 
@@ -9,29 +9,27 @@ import pytest
 from litestar.testing import create_test_client
 
 from stoker import (
+    EngineSnapshot,
     LoadSnapshot,
     Observer,
-    RateLimitError,
-    Request,
-    SamplingParams,
+    SchedulingPolicy,
     ServedModel,
     ServerContext,
+    TenantConfig,
+    TenantLoad,
 )
-from stoker.config import AdmissionConfig, Config
+from stoker.config import Config
 from stoker.errors import ConfigError
 from stoker.testing import EngineHarness, ScriptedRuntime
 from stoker_plugins.fcfs import FirstComeFirstServed
 from stoker_plugins.metrics import Metrics, make_routes
-from stoker_plugins.queue_limit import QueueLimit
 
 
 class Context(ServerContext):
     """A server that says what the test wants."""
 
-    def __init__(
-        self, load: LoadSnapshot, observers: Mapping[str, Observer] | None = None, **admission: int
-    ) -> None:
-        self.config = Config(admission=AdmissionConfig(**admission))  # type: ignore[arg-type]
+    def __init__(self, load: LoadSnapshot, observers: Mapping[str, Observer] | None = None) -> None:
+        self.config = Config()
         self.observers = observers or {}
         self._load = load
 
@@ -46,45 +44,21 @@ class Context(ServerContext):
     def load(self, model: str) -> LoadSnapshot:
         return self._load
 
+    def tenant_load(self, model: str, tenant: str) -> TenantLoad:
+        return TenantLoad()
+
+    def snapshot(self, model: str) -> EngineSnapshot:
+        raise KeyError(model)
+
+    def policy(self, model: str) -> SchedulingPolicy:
+        raise KeyError(model)
+
+    def tenant(self, name: str) -> TenantConfig:
+        return TenantConfig(name=name)
+
     @property
     def uptime_s(self) -> float:
         return 1.0
-
-
-def request(num_prompt: int = 10, max_tokens: int | None = 10, n: int = 1) -> Request:
-    return Request(
-        request_id="r",
-        model="model",
-        prompt_token_ids=[1] * num_prompt,
-        sampling=SamplingParams(max_tokens=max_tokens),
-        n=n,
-    )
-
-
-async def test_a_queue_with_room_lets_requests_pass() -> None:
-    limit = QueueLimit(
-        Context(LoadSnapshot(num_waiting=3, waiting_tokens=100), max_queue_requests=4)
-    )
-    given = request()
-    assert await limit.on_request(given) is given
-
-
-async def test_a_full_queue_refuses_by_requests_with_a_measured_retry_after() -> None:
-    load = LoadSnapshot(num_waiting=3, waiting_tokens=600, tokens_per_s=100.0)
-    limit = QueueLimit(Context(load, max_queue_requests=4))
-    with pytest.raises(RateLimitError, match="3 requests are waiting, of at most 4") as refused:
-        await limit.on_request(request(n=2))
-    assert refused.value.retry_after_s == pytest.approx(3.0)
-    assert refused.value.code == "queue_full"
-
-
-async def test_a_full_queue_refuses_by_tokens() -> None:
-    load = LoadSnapshot(num_waiting=1, waiting_tokens=90)
-    with pytest.raises(RateLimitError, match="90 tokens are waiting, of at most 100"):
-        await QueueLimit(Context(load, max_queue_tokens=100)).on_request(request())
-    # A request that is larger than the bound may still wait alone, or it could never run.
-    alone = QueueLimit(Context(LoadSnapshot(), max_queue_tokens=5))
-    assert (await alone.on_request(request())).n == 1
 
 
 def test_fcfs_keeps_the_order_of_arrival() -> None:

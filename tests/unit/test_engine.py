@@ -149,7 +149,7 @@ def test_decodes_go_first_and_prefill_is_chunked_and_shared() -> None:
     mixed = [r for r in recorder.steps if r.num_prefill_tokens and r.num_decode_tokens == 3]
     assert len(mixed) >= 19  # 400 prompt tokens at 20 a step, but the first step
     assert all(r.num_prefill_tokens <= 20 for r in mixed)
-    shared = [{t: n for t, n, _ in r.scheduled if n} for r in mixed]
+    shared = [{s.tenant: s.prefill for s in r.scheduled if s.prefill} for r in mixed]
     assert {"long-0": 10, "long-1": 10} in shared
     assert all(stream.text() == truth(harness, stream) for stream in streams + long)
     # The streams got a token in every step in which the long prompts were computed.
@@ -338,10 +338,10 @@ def test_a_policy_is_told_what_every_step_cost_whom() -> None:
             self.spent: dict[str, list[int]] = {}
 
         def on_step(self, record: StepRecord) -> None:
-            for tenant, prefill, decode in record.scheduled:
-                account = self.spent.setdefault(tenant, [0, 0])
-                account[0] += prefill
-                account[1] += decode
+            for item in record.scheduled:
+                account = self.spent.setdefault(item.tenant, [0, 0])
+                account[0] += item.prefill
+                account[1] += item.decode
 
     policy = Accounting()
     harness = EngineHarness(policy)

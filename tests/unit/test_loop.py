@@ -33,7 +33,7 @@ from stoker.errors import (
     UnavailableError,
 )
 from stoker.router import Call, Generation, RoutedModel, Router
-from stoker.testing import ScriptedRuntime
+from stoker.testing import FakeClock, ScriptedRuntime
 from stoker_plugins.fcfs import FirstComeFirstServed
 
 
@@ -126,14 +126,74 @@ async def test_many_requests_to_two_models_of_one_loop(fleet: Fleet) -> None:
     await eventually(lambda: fleet.router.num_active == 0)
 
 
-async def test_models_of_a_device_take_turns(fleet: Fleet) -> None:
-    order: list[str] = []
-    for name, runtime in fleet.runtimes.items():
-        runtime.before_step = lambda _, name=name: order.append(name)  # type: ignore[misc]
-    both = [await fleet.start("x", model=name, max_tokens=100) for name in "ab"]
-    await asyncio.gather(*(read(g) for g in both))
-    middle = order[len(order) // 4 : len(order) // 2]
-    assert all(x != y for x, y in itertools.pairwise(middle))
+class Shared:
+    """Two models on one device, driven by hand on a clock that their steps move."""
+
+    def __init__(self, weights: dict[str, float], step_s: dict[str, float]) -> None:
+        self.clock = FakeClock()
+        self.loop = EngineLoop("cpu", self.clock)
+        self.spent = dict.fromkeys(weights, 0.0)
+        self.order: list[str] = []
+        self.engines: dict[str, ModelEngine] = {}
+        for name, weight in weights.items():
+            runtime = ScriptedRuntime(lanes=2, context_length=20_000)
+            runtime.before_step = lambda _, name=name: self._compute(name, step_s[name])  # type: ignore[misc]
+            engine = ModelEngine(
+                name,
+                runtime,
+                FirstComeFirstServed(),
+                SchedulerConfig(),
+                CacheConfig(),
+                [],
+                self.clock,
+                weight=weight,
+            )
+            self.engines[name] = engine
+            self.loop.engines.append(engine)
+
+    def _compute(self, name: str, seconds: float) -> None:
+        self.clock.advance(seconds)
+        self.spent[name] += seconds
+        self.order.append(name)
+
+    def submit(self, name: str, max_tokens: int) -> None:
+        request = Request(
+            request_id=name,
+            model=name,
+            prompt_token_ids=[1, 2, 3],
+            sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens),
+        )
+        EngineClient(self.engines[name], self.loop).submit(request)
+
+
+async def test_models_of_a_device_take_turns() -> None:
+    shared = Shared({"a": 1.0, "b": 1.0}, {"a": 0.1, "b": 0.1})
+    for name in "ab":
+        shared.submit(name, 50)
+    while shared.loop.step():
+        pass
+    assert all(x != y for x, y in itertools.pairwise(shared.order[:100]))
+
+
+async def test_models_share_the_devices_time_by_weight_whatever_their_steps_cost() -> None:
+    shared = Shared({"a": 1.0, "b": 3.0}, {"a": 0.3, "b": 0.02})
+    for name in "ab":
+        shared.submit(name, 10_000)
+    while sum(shared.spent.values()) < 100:
+        shared.loop.step()
+    assert shared.spent["b"] / shared.spent["a"] == pytest.approx(3.0, rel=0.05)
+
+
+async def test_a_model_that_was_idle_has_saved_up_nothing() -> None:
+    shared = Shared({"a": 1.0, "b": 1.0}, {"a": 0.1, "b": 0.1})
+    shared.submit("a", 10_000)
+    for _ in range(500):
+        shared.loop.step()
+    shared.submit("b", 10_000)
+    shared.order.clear()
+    for _ in range(100):
+        shared.loop.step()
+    assert shared.order.count("a") == pytest.approx(50, abs=1)
 
 
 async def test_closing_16_readers_midway_frees_their_lanes_within_one_step() -> None:

@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, API keys and the access log, for every answer whoever made it."""
+"""The outermost layer, for every answer whoever made it: request ids, API keys, tenants, the access log."""
 
 import logging
 import re
@@ -13,8 +13,9 @@ from litestar.types import Receive, Scope, Send
 
 from stoker.api.auth import KeyRing
 from stoker.api.errors import describe
-from stoker.errors import AuthenticationError
+from stoker.errors import RequestError
 from stoker.logs import CURRENT_REQUEST, RequestContext
+from stoker.tenants import ANONYMOUS
 
 __all__ = ["Application"]
 
@@ -31,11 +32,11 @@ class Application(Litestar):
     Litestar's own middleware does not see requests for unknown paths; this sees everything.
 
     Attributes:
-        keys: Which API keys open it.
+        keys: Which API keys open it, and whose they are; may be replaced at any time.
         log_access: Whether to write a line for every request.
     """
 
-    keys: KeyRing = KeyRing(())
+    keys: KeyRing = KeyRing()
     log_access: bool = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -49,10 +50,14 @@ class Application(Litestar):
 
     def _may_pass(self, scope: Scope) -> bool:
         try:
-            self.keys.check(scope["path"], scope["headers"])
-        except AuthenticationError:
+            self._identify(scope)
+        except RequestError:
             return False
         return True
+
+    def _identify(self, scope: Scope) -> str:
+        client = scope.get("client")
+        return self.keys.identify(scope["path"], scope["headers"], client[0] if client else None)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.monotonic()
@@ -76,8 +81,8 @@ class Application(Litestar):
                 await super().__call__(scope, receive, tagged)
                 return
             try:
-                self.keys.check(scope["path"], scope["headers"])
-            except AuthenticationError as error:
+                context.tenant = self._identify(scope)
+            except RequestError as error:
                 await self._refuse(scope, tagged, error)
                 return
             await super().__call__(scope, receive, tagged)
@@ -86,7 +91,7 @@ class Application(Litestar):
                 _log(scope, status, time.monotonic() - started_s, context)
             CURRENT_REQUEST.reset(token)
 
-    async def _refuse(self, scope: Scope, send: Send, error: AuthenticationError) -> None:
+    async def _refuse(self, scope: Scope, send: Send, error: RequestError) -> None:
         reply = describe(error)
         body = reply.body()
         headers = {
@@ -146,6 +151,8 @@ def _log(scope: Scope, status: int, seconds: float, context: RequestContext) -> 
         "status": status or 499,
         "duration_ms": round(seconds * 1e3, 1),
     }
+    if context.tenant != ANONYMOUS:
+        fields["tenant"] = context.tenant
     for name in ("model", "prompt_tokens", "completion_tokens", "error"):
         value = getattr(context, name)
         if value is not None:

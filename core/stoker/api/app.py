@@ -3,24 +3,31 @@
 from collections.abc import Sequence
 from typing import Any
 
-from litestar import Litestar
 from litestar import Router as LitestarRouter
 from litestar.config.cors import CORSConfig
 from litestar.exceptions import ImproperlyConfiguredException
 
 from stoker.api.access import Application
-from stoker.api.auth import KeyRing, load_keys
+from stoker.api.auth import KeyRing
 from stoker.api.completions import completion_routes
 from stoker.api.errors import handle_exception
 from stoker.api.info import info_routes
 from stoker.api.openapi import openapi_config
+from stoker.api.requests import request_routes
 from stoker.config import Config
 from stoker.errors import PluginConflictError
 from stoker.router import Router
 
 __all__ = ["build_app"]
 
-_EXPOSED = ["retry-after", "x-request-id", "x-stoker-warning"]
+_EXPOSED = [
+    *("retry-after", "retry-after-ms", "x-request-id", "x-stoker-explain", "x-stoker-warning"),
+    *(
+        f"x-ratelimit-{what}-{of}"
+        for what in ("limit", "remaining", "reset")
+        for of in ("requests", "tokens")
+    ),
+]
 _DOCUMENT_PATHS = {"/schema", "/schema/openapi.json"}
 
 
@@ -31,7 +38,7 @@ def build_app(
     route_handlers: Sequence[Any] = (),
     on_startup: Sequence[Any] = (),
     on_shutdown: Sequence[Any] = (),
-) -> Litestar:
+) -> Application:
     """The ASGI application.
 
     Args:
@@ -42,11 +49,15 @@ def build_app(
         on_shutdown: Called, or awaited, after the last.
 
     Raises:
-        ConfigError: The file of API keys cannot be used.
+        ConfigError: A file of API keys cannot be used.
         PluginConflictError: A plugin's route has a path that is taken; the message names it.
     """
-    keys = KeyRing(load_keys(config.server))
-    own = [*completion_routes(config, router), *info_routes(router)]
+    keys = KeyRing.load(config)
+    own = [
+        *completion_routes(config, router),
+        *request_routes(config.scheduler.policy, router),
+        *info_routes(router),
+    ]
     _check_paths(own, route_handlers)
     origins = config.server.cors_origins
     try:
@@ -58,7 +69,7 @@ def build_app(
             cors_config=CORSConfig(allow_origins=list(origins), expose_headers=list(_EXPOSED))
             if origins
             else None,
-            openapi_config=openapi_config(secured=bool(keys)),
+            openapi_config=openapi_config(secured=keys.is_required),
             logging_config=None,
             request_max_body_size=config.server.max_body_bytes,
         )

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,9 +15,10 @@ from litestar.types import ASGIApp, Receive
 
 from stoker import __version__
 from stoker.api.body import BodyDecoder, read_json_body
-from stoker.api.errors import ClientDisconnectedError
+from stoker.api.errors import ClientDisconnectedError, asgi_error
 from stoker.api.openapi import generation_operation
 from stoker.api.parameters import find_ignored, refuse, warning_header
+from stoker.api.requests import EXPLAIN_HEADER, Explain, explain_request, wants_explanation
 from stoker.api.run import Run, start
 from stoker.api.schemas import (
     ChatChoice,
@@ -28,11 +30,11 @@ from stoker.api.schemas import (
     GenerationRequest,
     ResponseMessage,
 )
-from stoker.api.streaming import EventEncoder, EventStream, stream_events
+from stoker.api.streaming import EventEncoder, EventStream, stream_events, wait_until_gone
 from stoker.api.validation import chat_calls, completion_calls, includes_usage
 from stoker.config import Config
 from stoker.logs import CURRENT_REQUEST
-from stoker.router import Call, Router
+from stoker.router import WARNING_HEADER, Call, Router, add_warning
 
 __all__ = ["completion_routes"]
 
@@ -71,7 +73,7 @@ def completion_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         calls = chat_calls(
             body, config, _default_model(router), _request_id(), _visible_headers(request)
         )
-        return await _answer(request, router, body, calls, headers, chat=True)
+        return await _answer(request, config, router, body, calls, headers, chat=True)
 
     @post(
         "/v1/completions",
@@ -87,7 +89,7 @@ def completion_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         calls = completion_calls(
             body, config, _default_model(router), _request_id(), _visible_headers(request)
         )
-        return await _answer(request, router, body, calls, headers, chat=False)
+        return await _answer(request, config, router, body, calls, headers, chat=False)
 
     return [chat_completions, completions]
 
@@ -101,7 +103,7 @@ def _check_parameters(
         return {}
     if config.server.strict:
         raise refuse(ignored[0])
-    return {"x-stoker-warning": warning_header(ignored)}
+    return {WARNING_HEADER: warning_header(ignored)}
 
 
 def _default_model(router: Router) -> str:
@@ -124,6 +126,7 @@ def _visible_headers(request: AnyRequest) -> dict[str, str]:
 
 async def _answer(
     request: AnyRequest,
+    config: Config,
     router: Router,
     body: GenerationRequest,
     calls: list[Call],
@@ -133,10 +136,26 @@ async def _answer(
 ) -> ASGIApp:
     """Start the calls; their answer, streamed or in one piece."""
     include_usage = includes_usage(body)
-    run = await start(router, calls)
+    context = CURRENT_REQUEST.get()
+    if context is not None:
+        for call in calls:
+            call.tenant = context.tenant
+    # Middleware may take its time; who does not wait for it must not be computed for.
+    run = await _unless_gone(start(router, calls), request.receive)
+    headers = _merged(run.headers, headers)
+    explain: Explain | None = None
+    if wants_explanation(calls[0].headers):
+        explain = partial(explain_request, run.tracked, config.scheduler.policy)
     response_id = f"{'chatcmpl' if chat else 'cmpl'}-{_request_id()}"
     created = int(time.time())  # noqa: TID251 - a timestamp in a body
-    if body.stream:
+    try:
+        if not body.stream:
+            texts, reasons = await _unless_gone(_collect(run), request.receive)
+            run.close()
+            content = _content(run, response_id, created, texts, reasons, chat=chat)
+            return ASGIResponse(
+                body=content, media_type="application/json", headers=headers | _explained(explain)
+            )
         encoder = EventEncoder(
             chat=chat,
             response_id=response_id,
@@ -145,15 +164,39 @@ async def _answer(
             fingerprint=_FINGERPRINT,
             include_usage=include_usage,
         )
-        events = stream_events(run, encoder, include_usage=include_usage)
-        return EventStream(events, run.close, headers)
-    try:
-        texts, reasons = await _unless_gone(_collect(run), request.receive)
-    finally:
-        run.close()
-    choices = zip(range(run.num_choices), texts, reasons, strict=True)
+        events = stream_events(run, encoder, include_usage=include_usage, explain=explain)
+        # The status waits for the first token: what goes wrong before it is an error, not an event.
+        first = await _unless_gone(_first(events), request.receive)
+        return EventStream(first, events, run, headers, config.server.reader_timeout_s)
+    except BaseException as error:
+        run.close(error)
+        if isinstance(error, Exception):
+            return asgi_error(error, headers | _explained(explain))
+        raise
+
+
+def _merged(headers: dict[str, str], own: dict[str, str]) -> dict[str, str]:
+    """Headers that middleware wants, and ours; of warnings all are kept."""
+    merged = dict(headers)
+    for name, value in own.items():
+        if name == WARNING_HEADER:
+            add_warning(merged, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _explained(explain: Explain | None) -> dict[str, str]:
+    return {} if explain is None else {EXPLAIN_HEADER: explain()}
+
+
+def _content(
+    run: Run, response_id: str, created: int, texts: list[str], reasons: list[str], *, chat: bool
+) -> bytes:
+    """The body of an answer in one piece."""
     kind: Any = ChatCompletion if chat else Completion
     make_choice = _chat_choice if chat else _completion_choice
+    choices = zip(range(run.num_choices), texts, reasons, strict=True)
     answer = kind(
         id=response_id,
         created=created,
@@ -162,9 +205,7 @@ async def _answer(
         choices=[make_choice(*choice) for choice in choices],
         usage=run.usage(),
     )
-    return ASGIResponse(
-        body=_encoder.encode(answer), media_type="application/json", headers=headers
-    )
+    return _encoder.encode(answer)
 
 
 def _chat_choice(index: int, text: str, reason: Any) -> ChatChoice:
@@ -190,19 +231,19 @@ async def _collect(run: Run) -> tuple[list[str], list[str]]:
     return ["".join(part) for part in parts], reasons
 
 
+async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
+    """The first bytes of a stream."""
+    return await anext(events)
+
+
 async def _unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """The result of ``work``, which is cancelled if the client goes away first.
 
     Raises:
         ClientDisconnectedError: It went away.
     """
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
     working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(gone())
+    watching = asyncio.ensure_future(wait_until_gone(receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():

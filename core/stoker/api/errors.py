@@ -2,11 +2,14 @@
 
 import logging
 import math
+from collections.abc import Mapping
 
 import msgspec
 from litestar import Request
 from litestar.exceptions import HTTPException
 from litestar.response import Response
+from litestar.response.base import ASGIResponse
+from litestar.types import ASGIApp
 
 from stoker.api.schemas import ErrorBody, ErrorDetail
 from stoker.errors import ModelError, OutOfMemoryError, RequestError, StokerError
@@ -15,6 +18,7 @@ from stoker.logs import CURRENT_REQUEST
 __all__ = [
     "ClientDisconnectedError",
     "ErrorReply",
+    "asgi_error",
     "describe",
     "error_response",
     "handle_exception",
@@ -24,6 +28,9 @@ logger = logging.getLogger("stoker.api")
 
 _SERVER_ERROR = "server_error"
 _INVALID = "invalid_request_error"
+_UNAVAILABLE_RETRY_S = (
+    5.0  # nobody knows when the next server is there; a restart takes about so long
+)
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -55,12 +62,7 @@ def describe(error: Exception) -> ErrorReply:
         detail = ErrorDetail(
             message=error.message, type=error.error_type, param=error.param, code=error.code
         )
-        headers = {}
-        if error.retry_after_s is not None:
-            headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-        if error.status_code == 401:
-            headers["www-authenticate"] = "Bearer"
-        return ErrorReply(error.status_code, detail, headers)
+        return ErrorReply(error.status_code, detail, _headers(error))
     if isinstance(error, HTTPException):
         return _describe_http(error)
     if isinstance(error, ClientDisconnectedError):
@@ -72,6 +74,20 @@ def describe(error: Exception) -> ErrorReply:
         return ErrorReply(status, ErrorDetail(message=str(error), type=_SERVER_ERROR))
     logger.error("unexpected error", exc_info=error)
     return ErrorReply(500, _internal_error())
+
+
+def _headers(error: RequestError) -> dict[str, str]:
+    headers = dict(error.headers)
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.status_code == 503 and "retry-after" not in headers:
+        retry_after_s = _UNAVAILABLE_RETRY_S
+    if retry_after_s is not None:
+        # RFC 9110 knows whole seconds only; OpenAI's clients look at the milliseconds first.
+        headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(retry_after_s * 1e3)))
+    if error.status_code == 401:
+        headers["www-authenticate"] = "Bearer"
+    return headers
 
 
 def _internal_error() -> ErrorDetail:
@@ -106,6 +122,22 @@ def error_response(reply: ErrorReply) -> Response[bytes]:
         status_code=reply.status_code,
         media_type="application/json",
         headers=reply.headers,
+    )
+
+
+def asgi_error(error: Exception, headers: Mapping[str, str]) -> ASGIApp:
+    """The answer of an error that ended a request after it was started.
+
+    Args:
+        error: What went wrong.
+        headers: More headers; those of the error win.
+    """
+    reply = describe(error)
+    return ASGIResponse(
+        body=reply.body(),
+        status_code=reply.status_code,
+        media_type="application/json",
+        headers={**headers, **reply.headers},
     )
 
 

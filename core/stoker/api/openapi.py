@@ -10,10 +10,12 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import (
     Components,
+    OpenAPIHeader,
     OpenAPIMediaType,
     OpenAPIResponse,
     OpenAPIType,
     Operation,
+    Parameter,
     Reference,
     RequestBody,
     Schema,
@@ -22,6 +24,7 @@ from litestar.openapi.spec import (
 
 from stoker import __version__
 from stoker.api.schemas import (
+    CancelledRequest,
     ChatCompletion,
     ChatRequest,
     Completion,
@@ -30,6 +33,8 @@ from stoker.api.schemas import (
     ErrorBody,
     ModelList,
     Readiness,
+    RequestDetails,
+    RequestList,
 )
 from stoker.router import Health
 
@@ -38,7 +43,7 @@ __all__ = ["generation_operation", "json_operation", "openapi_config"]
 
 _BODIES = (
     ChatRequest, ChatCompletion, CompletionRequest, Completion, ModelList, EngineList, Health, Readiness,
-    ErrorBody,
+    ErrorBody, RequestList, RequestDetails, CancelledRequest,
 )  # fmt: skip
 
 
@@ -82,6 +87,28 @@ def json_operation(response: str, **others: str) -> type[Operation]:
     return JsonOperation
 
 
+_STRING = Schema(type=OpenAPIType.STRING)
+_ASK_TO_EXPLAIN = Parameter(
+    name="x-stoker-explain",
+    param_in="header",
+    description="`1` asks why the answer took as long as it did: see `RequestDetails`.",
+    schema=Schema(type=OpenAPIType.STRING, enum=["1", "true"]),
+)
+_REQUEST_ID = Parameter(
+    name="x-request-id",
+    param_in="header",
+    description="The request's id, by which it can be explained and cancelled; else one is made up.",
+    schema=_STRING,
+)
+_EXPLANATION = OpenAPIHeader(
+    description=(
+        "If asked for: `RequestDetails` as JSON. In a stream it is a comment before the end: "
+        "`: stoker-explain {...}`."
+    ),
+    schema=_STRING,
+)
+
+
 def generation_operation(request: str, response: str) -> type[Operation]:
     """An operation that takes the struct named ``request`` and answers in one piece or streams."""
 
@@ -89,13 +116,14 @@ def generation_operation(request: str, response: str) -> type[Operation]:
     class GenerationOperation(Operation):
         def __post_init__(self) -> None:
             reference = Reference(ref=f"#/components/schemas/{request}")
+            self.parameters = [_REQUEST_ID, _ASK_TO_EXPLAIN]
             self.request_body = RequestBody(
                 content={"application/json": OpenAPIMediaType(schema=reference)}, required=True
             )
             success = _json(response, "The answer; with `stream`, server-sent events of its chunks")
-            events = Schema(type=OpenAPIType.STRING)
+            success.headers = {"x-stoker-explain": _EXPLANATION}
             if success.content is not None:
-                success.content["text/event-stream"] = OpenAPIMediaType(schema=events)
+                success.content["text/event-stream"] = OpenAPIMediaType(schema=_STRING)
             self.responses = {"200": success, "default": _json("ErrorBody", "An error")}
 
     return GenerationOperation

@@ -2,16 +2,21 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, Sequence
 
 from stoker.api.errors import ClientDisconnectedError
 from stoker.api.schemas import PromptTokensDetails, UsageBody
-from stoker.errors import EngineError, UnavailableError
+from stoker.errors import EngineError, SlowReaderError, UnavailableError
+from stoker.history import TrackedRequest
 from stoker.logs import CURRENT_REQUEST
 from stoker.router import Call, Generation, Router
 from stoker.types import Delta, FinishReason
 
 __all__ = ["Run", "start"]
+
+_SHUTDOWN = "server_shutdown"
+_SHUTDOWN_PATIENCE_S = 1.0  # less than what the server waits for answers once it has cancelled them
 
 _NAMES = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
@@ -27,18 +32,26 @@ class Run:
     Attributes:
         model: The model's id.
         num_choices: Sequences of all generations.
+        headers: What middleware wants the answer's headers to be; of several generations, the last wins.
     """
 
     def __init__(self, generations: Sequence[Generation]) -> None:
         self._generations = generations
         self._offsets = [0]
+        self.headers: dict[str, str] = {}
         for generation in generations:
             self._offsets.append(self._offsets[-1] + generation.request.n)
+            self.headers |= generation.request.response_headers
         self.num_choices = self._offsets[-1]
         self.model = generations[0].model.model_id
         self._num_open = self.num_choices
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}  # by generation's offset
+
+    @property
+    def tracked(self) -> TrackedRequest:
+        """What is known of the whole request."""
+        return self._generations[0].tracked
 
     async def batches(self) -> AsyncGenerator[tuple[int, list[Delta]], None]:
         """Yield batches of deltas, each with what to add to its deltas' indices.
@@ -57,15 +70,16 @@ class Run:
             raise _stopped()
 
     async def _interleaved(self) -> AsyncGenerator[tuple[int, list[Delta]], None]:
-        queue: asyncio.Queue[tuple[int, list[Delta]] | Exception | None] = asyncio.Queue()
+        # One place: what our reader does not take, the engine must see as not taken.
+        queue: asyncio.Queue[tuple[int, list[Delta]] | Exception | None] = asyncio.Queue(1)
 
         async def pump(offset: int, generation: Generation) -> None:
             try:
                 async for batch in generation:
-                    queue.put_nowait((offset, batch))
-                queue.put_nowait(None)
+                    await queue.put((offset, batch))
+                await queue.put(None)
             except Exception as error:  # noqa: BLE001 - raised below, in the reader
-                queue.put_nowait(error)
+                await queue.put(error)
 
         pumps = [
             asyncio.ensure_future(pump(offset, generation))
@@ -84,6 +98,18 @@ class Run:
         finally:
             for task in pumps:
                 task.cancel()
+
+    async def wait_until_over(self) -> None:
+        """Wait until nothing is generated any more, whether or not somebody reads."""
+        for generation in self._generations:
+            await generation.stream.wait_until_over()
+
+    def patience_s(self, reader_timeout_s: float) -> float:
+        """How long its reader may read nothing of what is left, now that it is over."""
+        codes = {r.error_code for g in self._generations for r in g.stream.records}
+        if SlowReaderError.default_code in codes:
+            return 0.0  # that is why it is over
+        return min(reader_timeout_s, _SHUTDOWN_PATIENCE_S if _SHUTDOWN in codes else math.inf)
 
     def finish(self, offset: int, delta: Delta) -> str:
         """Account for a sequence's last delta; returns its ``finish_reason`` for the client.
@@ -114,13 +140,19 @@ class Run:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached.values())),
         )
 
-    def close(self) -> None:
-        """Abort what still runs, and leave the outcome to the access log; may be called twice."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Abort what still runs, and leave the outcome to the access log; may be called twice.
+
+        Args:
+            error: What it ends with, if it is known.
+        """
         for generation in self._generations:
             generation.abort()
         context = CURRENT_REQUEST.get()
         if context is None:
             return
+        if context.error is None and error is not None:
+            context.error = type(error).__name__
         usage = self.usage()
         context.prompt_tokens = usage.prompt_tokens
         if self._num_open == 0:
@@ -135,16 +167,7 @@ async def start(router: Router, calls: Sequence[Call]) -> Run:
     Raises:
         RequestError: One of them was refused; the others were aborted.
     """
-    generations: list[Generation] = []
-    try:
-        for call in calls:
-            generations.append(await router.generate(call))  # noqa: PERF401 - see below
-    except BaseException:
-        # What has started must be known here, which a comprehension would not tell.
-        for generation in generations:
-            generation.abort()
-        raise
-    run = Run(generations)
+    run = Run(await router.start(calls))
     context = CURRENT_REQUEST.get()
     if context is not None:
         context.model = run.model
@@ -154,5 +177,5 @@ async def start(router: Router, calls: Sequence[Call]) -> Run:
 def _stopped() -> UnavailableError:
     return UnavailableError(
         "the server is shutting down and cancelled this request; send it again later",
-        code="server_shutdown",
+        code=_SHUTDOWN,
     )

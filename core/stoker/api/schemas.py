@@ -8,7 +8,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from stoker.history import RequestStatus
+from stoker.types import SequenceTrace
+
 __all__ = [
+    "CancelledRequest",
     "ChatChoice",
     "ChatCompletion",
     "ChatMessage",
@@ -26,6 +30,9 @@ __all__ = [
     "ModelList",
     "PromptTokensDetails",
     "Readiness",
+    "RequestDetails",
+    "RequestList",
+    "RequestSummary",
     "ResponseMessage",
     "StreamOptions",
     "UsageBody",
@@ -237,6 +244,60 @@ class EngineList(msgspec.Struct, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[Engine]
+
+
+class RequestSummary(msgspec.Struct, kw_only=True):
+    """A request of yours.
+
+    Attributes:
+        id: The `x-request-id` of its answer.
+        created: When it came, in seconds since 1970.
+        model: The model that was asked for.
+        status: `waiting` (no lane yet), `running`, `finished`, `cancelled` (through the API), `failed`
+            (with an error) or `aborted` (its client went away).
+    """
+
+    id: str
+    object: Literal["request"] = "request"
+    created: int
+    model: str
+    status: RequestStatus
+
+
+class RequestList(msgspec.Struct, kw_only=True):
+    """Your requests, at most 100: those that run, then the last ones that ended; the latest first."""
+
+    object: Literal["list"] = "list"
+    data: list[RequestSummary]
+
+
+class RequestDetails(RequestSummary, kw_only=True):
+    """What became of a request, and why.
+
+    Attributes:
+        tenant: Whose it is.
+        policy: The scheduling policy that decided.
+        num_sequences: How many answers were asked for.
+        sequences: What the scheduler did with each; of an ended request, with the first 16.
+    """
+
+    tenant: str
+    policy: str
+    num_sequences: int
+    sequences: list[SequenceTrace]
+
+
+class CancelledRequest(msgspec.Struct, kw_only=True):
+    """The answer of a cancellation.
+
+    Attributes:
+        id: The request.
+        cancelled: Whether anything of it still ran; `false` if it had ended already.
+    """
+
+    id: str
+    object: Literal["request.cancelled"] = "request.cancelled"
+    cancelled: bool
 
 
 class Readiness(msgspec.Struct, kw_only=True):

@@ -4,22 +4,27 @@ The hot path of the API. Only the text of an event is encoded; what surrounds it
 choice, and the encoder once for the process.
 """
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Mapping
 
 import msgspec
-from litestar.response.streaming import ASGIStreamingResponse
+from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
 
+from stoker.api.connection import break_off
 from stoker.api.errors import describe
+from stoker.api.requests import Explain
 from stoker.api.run import Run
 from stoker.api.schemas import UsageBody
+from stoker.errors import SlowReaderError
 from stoker.logs import CURRENT_REQUEST
 
-__all__ = ["EventEncoder", "EventStream", "stream_events"]
+__all__ = ["EventEncoder", "EventStream", "stream_events", "wait_until_gone"]
 
 _encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
+_MAX_EVENTS = 64  # of one chunk: a reader that fell behind gets what piled up in pieces
 
 
 class EventEncoder:
@@ -93,10 +98,21 @@ class EventEncoder:
 
 
 async def stream_events(
-    run: Run, encoder: EventEncoder, *, include_usage: bool
+    run: Run, encoder: EventEncoder, *, include_usage: bool, explain: Explain | None = None
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the stream's bytes; an error becomes the last event, without ``[DONE]``."""
+    """Yield the stream's bytes; an error becomes the last event, without ``[DONE]``.
+
+    Args:
+        run: What to stream.
+        encoder: Makes its events.
+        include_usage: Whether the token counts come last.
+        explain: If given, what it says becomes a comment before the end.
+
+    Raises:
+        Exception: An error before the first event: there is still time for a proper status.
+    """
     events: list[bytes] = []
+    has_begun = False
     try:
         async with contextlib.aclosing(run.batches()) as batches:
             async for offset, batch in batches:
@@ -106,50 +122,123 @@ async def stream_events(
                         events.append(encoder.text(index, delta.text))
                     if delta.finish_reason is not None:
                         events.append(encoder.finish(index, run.finish(offset, delta)))
+                    if len(events) >= _MAX_EVENTS:
+                        has_begun = True
+                        yield _join(events)
                 if events:
-                    yield b"".join(events)
-                    events.clear()
-    except Exception as error:  # noqa: BLE001 - the status is sent; the stream must tell it
+                    has_begun = True
+                    yield _join(events)
+    except Exception as error:
+        if not (has_begun or events):
+            raise
         context = CURRENT_REQUEST.get()
         if context is not None:
             context.error = type(error).__name__
-        yield b"".join(events) + b"data: " + describe(error).body() + b"\n\n"
+        yield _join(events) + _comment(explain) + b"data: " + describe(error).body() + b"\n\n"
         return
-    yield (encoder.usage(run.usage()) if include_usage else b"") + _DONE
+    yield (encoder.usage(run.usage()) if include_usage else b"") + _comment(explain) + _DONE
 
 
-class EventStream(ASGIStreamingResponse):
+def _join(events: list[bytes]) -> bytes:
+    chunk = b"".join(events)
+    events.clear()
+    return chunk
+
+
+def _comment(explain: Explain | None) -> bytes:
+    return b"" if explain is None else b": stoker-explain %s\n\n" % explain().encode()
+
+
+class EventStream(ASGIResponse):
     """A streaming answer that always lets go of what it streams from.
 
-    Litestar cancels the stream when the client goes away, but a generator that was never started, or that
-    was cancelled while its chunk was being sent, would only be closed by the garbage collector.
+    A client that went away ends it. So does one that stays but stops reading, for the engine pauses it and
+    gives it up at last; and what is left to send after the last token must move on within the same time.
 
     Args:
-        events: The stream's bytes.
-        on_close: Called when it is over, however it ended.
+        first: The stream's first bytes.
+        events: The rest of them.
+        run: What they come from.
         headers: More headers.
+        reader_timeout_s: How long nothing may be read once nothing more is generated.
     """
 
-    __slots__ = ("_events", "_on_close")
+    __slots__ = ("_events", "_first", "_num_sent", "_reader_timeout_s", "_run")
+
+    _should_set_content_length = False
 
     def __init__(
         self,
+        first: bytes,
         events: AsyncGenerator[bytes, None],
-        on_close: Callable[[], None],
-        headers: dict[str, str],
+        run: Run,
+        headers: Mapping[str, str],
+        reader_timeout_s: float,
     ) -> None:
         super().__init__(
-            iterator=events,
             media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers},
+            headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
         )
+        self._first = first
         self._events = events
-        self._on_close = on_close
+        self._run = run
+        self._reader_timeout_s = reader_timeout_s
+        self._num_sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         async with contextlib.aclosing(self._events):
+            error: BaseException | None = None
             try:
-                await super().__call__(scope, receive, send)
+                await self._send_or_drop(scope, receive, send)
+            except BaseException as failure:
+                error = failure
+                raise
             finally:
-                self._on_close()
+                self._run.close(error)
+
+    async def _send_or_drop(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        gone = asyncio.ensure_future(wait_until_gone(receive))
+        stalled = asyncio.ensure_future(self._wait_until_stalled())
+        tasks = (sending, gone, stalled)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+            elif stalled.done() and not gone.done():
+                stalled.result()
+                self._run.close(SlowReaderError("the client has stopped reading"))
+                if break_off(scope):
+                    await gone
+        finally:
+            for task in tasks:
+                task.cancel()
+            # They must have ended, or the generator that one of them runs could not be closed.
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        await self.start_response(send)
+        await self._send_chunk(send, self._first)
+        async for chunk in self._events:
+            await self._send_chunk(send, chunk)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_chunk(self, send: Send, chunk: bytes) -> None:
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._num_sent += 1
+
+    async def _wait_until_stalled(self) -> None:
+        """Return once nothing more is generated and the client does not take what is there."""
+        await self._run.wait_until_over()
+        patience_s = self._run.patience_s(self._reader_timeout_s)
+        num_sent = -1
+        while patience_s and num_sent != self._num_sent:
+            num_sent = self._num_sent
+            await asyncio.sleep(patience_s)
+
+
+async def wait_until_gone(receive: Receive) -> None:
+    """Wait until the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

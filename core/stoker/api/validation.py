@@ -65,6 +65,7 @@ def completion_calls(
         call_id = request_id if len(prompts) == 1 else f"{request_id}-{i}"
         call = _call(body, config, model, call_id, headers, body.max_tokens)
         call.prompt = prompt
+        call.group = request_id
         calls.append(call)
     return calls
 
@@ -104,7 +105,7 @@ def _call(
         model=model if body.model is None else body.model,
         sampling=_sampling(body, max_tokens),
         n=n,
-        priority=body.priority or 0,
+        priority=body.priority,
         timeout_s=body.timeout,
         headers=headers,
     )

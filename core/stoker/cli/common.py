@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from stoker.config import Config
     from stoker.discovery import Plugins
     from stoker.settings import Origins
@@ -60,6 +62,16 @@ class State:
         from stoker.settings import load_config
 
         return load_config(path, self.environ, overrides)
+
+    def config_file(self, path: str | None) -> Path | None:
+        """The file that the configuration is read from, if there is one.
+
+        Args:
+            path: The value of ``--config``.
+        """
+        from stoker.settings import config_file
+
+        return config_file(path, self.environ)
 
 
 def _debug(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:

@@ -43,8 +43,9 @@ def command(ctx: click.Context, config_path: str | None, as_json: bool, check: b
 def _look_up(data: Mapping[str, Any], dotted: str) -> Any:
     """The value of an origin's key: ``section.field``, ``models[0].field`` or ``plugins.name.key``."""
     where, _, field = dotted.rpartition(".")
-    if where.startswith("models["):
-        return data["models"][int(where[7:-1])][field]
+    if where.startswith(("models[", "tenants[")):
+        section, _, index = where[:-1].partition("[")
+        return data[section][int(index)][field]
     if where.startswith("plugins."):
         return data["plugins"][where.removeprefix("plugins.")][field]
     return data[where][field]

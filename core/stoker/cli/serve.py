@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stoker.cli.common import State, config_option
+
+if TYPE_CHECKING:
+    from stoker.config import Config
 
 __all__ = ["command"]
 
@@ -48,25 +51,30 @@ def command(
     configured model. Without it the configured models are served, or else a small default model.
     """
     state = State.of(ctx)
-    config, _ = state.config(
-        config_path,
-        {
-            "server.host": flags["host"],
-            "server.port": flags["port"],
-            "server.api_keys": list(api_keys) or None,
-            "server.strict": flags["strict"],
-            "models.model": flags["model"],
-            "models.backend": flags["backend"],
-            "models.lanes": flags["lanes"],
-            "models.context": flags["context"],
-            "scheduler.policy": flags["policy"],
-            "performance.threads": flags["threads"],
-            "logging.level": log_level,
-            "logging.format": log_format,
-        },
-    )
+    overrides = {
+        "server.host": flags["host"],
+        "server.port": flags["port"],
+        "server.api_keys": list(api_keys) or None,
+        "server.strict": flags["strict"],
+        "models.model": flags["model"],
+        "models.backend": flags["backend"],
+        "models.lanes": flags["lanes"],
+        "models.context": flags["context"],
+        "scheduler.policy": flags["policy"],
+        "performance.threads": flags["threads"],
+        "logging.level": log_level,
+        "logging.format": log_format,
+    }
+    file = state.config_file(config_path)
+    if file is not None:
+        config_path = str(file)  # by name: if it is gone when it is read again, that is a mistake
+
+    def load() -> Config:
+        return state.config(config_path, overrides)[0]
+
+    config = load()
     state.plugins.check(config)
     # The server brings Litestar and numpy: only now, when nothing is left to refuse.
-    from stoker.server import serve
+    from stoker.serving import serve
 
-    return serve(config, state.plugins)
+    return serve(config, state.plugins, load, file)

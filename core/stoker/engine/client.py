@@ -10,14 +10,25 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
-from stoker.types import Delta, Request, RequestRecord
+from stoker.types import Delta, Request, RequestRecord, SequenceTrace
 
 if TYPE_CHECKING:
     from stoker.engine.loop import EngineLoop
     from stoker.engine.model_engine import ModelEngine
-    from stoker.interfaces import LoadSnapshot, RuntimeInfo, Tokenizer
+    from stoker.engine.sequence import Sequence
+    from stoker.errors import RequestError
+    from stoker.interfaces import (
+        EngineSnapshot,
+        LoadSnapshot,
+        RuntimeInfo,
+        SchedulingPolicy,
+        TenantLoad,
+        Tokenizer,
+    )
 
 __all__ = ["EngineClient", "RequestStream", "deliver"]
+
+_MAX_BATCH = 256  # deltas that a reader gets at once
 
 
 class RequestStream:
@@ -33,6 +44,9 @@ class RequestStream:
         event_loop: Where its reader lives.
         records: One record for each sequence that has ended; written by the engine's thread.
         aborted: Whether the reader has gone; read by the engine's thread.
+        sequences: Its sequences, once the engine has made them.
+        num_sent: Deltas that the engine has handed over; written by its thread.
+        num_read: Of those, how many the reader is done with; written on its event loop.
     """
 
     __slots__ = (
@@ -43,8 +57,11 @@ class RequestStream:
         "_waiter",
         "aborted",
         "event_loop",
+        "num_read",
+        "num_sent",
         "records",
         "request",
+        "sequences",
     )
 
     def __init__(self, request: Request, loop: EngineLoop) -> None:
@@ -52,6 +69,9 @@ class RequestStream:
         self.event_loop = asyncio.get_running_loop()
         self.records: list[RequestRecord] = []
         self.aborted = False
+        self.sequences: tuple[Sequence, ...] = ()
+        self.num_sent = 0
+        self.num_read = 0
         self._loop = loop
         self._pending: list[Delta] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -80,9 +100,35 @@ class RequestStream:
                     await self._waiter
                 finally:
                     self._waiter = None
-            batch, self._pending = self._pending, []
+            # In pieces: what lies in a piece counts as unread until it was sent.
+            batch, self._pending = self._pending[:_MAX_BATCH], self._pending[_MAX_BATCH:]
             if batch:
                 yield batch
+                # Only now: while the reader was busy sending it, it was not read.
+                self.num_read += len(batch)
+                self._loop.reader_moved()
+
+    def traces(self) -> list[SequenceTrace]:
+        """What has happened to each of its sequences so far; from any thread."""
+        now_s = self._loop.clock()
+        if self.sequences:
+            return [sequence.trace(now_s) for sequence in self.sequences]
+        return [self._unseen(now_s) for _ in range(self.request.n)]
+
+    def _unseen(self, now_s: float) -> SequenceTrace:
+        """The trace of a sequence that still lies in the inbox."""
+        waited_s = now_s - self.request.arrival_s
+        return SequenceTrace(
+            status="waiting",
+            queue_s=waited_s,
+            total_s=waited_s,
+            prompt_tokens=len(self.request.prompt_token_ids),
+        )
+
+    def cancel(self, error: RequestError) -> None:
+        """End it with an error that its reader is told; does nothing after its end."""
+        if not self.aborted and self._num_open > 0:
+            self._loop.post_cancel(self, error)
 
     async def wait_until_over(self) -> None:
         """Wait until every sequence has ended and its record is there, also after an abort."""
@@ -139,12 +185,29 @@ class EngineClient:
         """
         stream = RequestStream(request, self._loop)
         self._engine.count_submitted(request)
-        self._loop.post_submit(self._engine, stream)
+        try:
+            self._loop.post_submit(self._engine, stream)
+        except BaseException:
+            self._engine.count_withdrawn(request)
+            raise
         return stream
 
     def load(self) -> LoadSnapshot:
         """How busy the model is."""
         return self._engine.load()
+
+    def tenant_load(self, tenant: str) -> TenantLoad:
+        """How much of the queue a tenant takes."""
+        return self._engine.tenant_load(tenant)
+
+    def snapshot(self) -> EngineSnapshot:
+        """What the model is doing now."""
+        return self._engine.snapshot()
+
+    @property
+    def policy(self) -> SchedulingPolicy:
+        """Who orders its requests."""
+        return self._engine.policy
 
     def cache_counts(self) -> tuple[int, int]:
         """Prompt tokens looked up in retained KV, and how many of them were found."""

@@ -6,11 +6,13 @@ would throw away much more than it saves.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stoker.engine.sequence import NO_LANE
+from stoker.errors import EngineError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from stoker.interfaces import Runtime
 
 __all__ = ["LanePool", "common_prefix"]
+
+logger = logging.getLogger("stoker.engine")
 
 _EMPTY = np.empty(0, np.int32)
 
@@ -44,6 +48,9 @@ class LanePool:
     Args:
         runtime: The runtime whose KV this accounts for.
         prefix_reuse: Whether idle lanes keep their KV for later requests.
+
+    Attributes:
+        num_errors: How often the runtime failed to free KV.
     """
 
     def __init__(self, runtime: Runtime, *, prefix_reuse: bool = True) -> None:
@@ -56,6 +63,9 @@ class LanePool:
         self._retained: list[NDArray[np.int32]] = [_EMPTY] * self.num_lanes
         # Idle lanes, least recently used first: dicts keep insertion order.
         self._idle: dict[int, None] = dict.fromkeys(range(self.num_lanes))
+        # Idle lanes that the runtime failed to free: nobody knows what they hold until that succeeds.
+        self._unknown: set[int] = set()
+        self.num_errors = 0
         self.num_queries = 0
         self.num_hits = 0
         self.query_tokens = 0
@@ -63,8 +73,8 @@ class LanePool:
 
     @property
     def num_free(self) -> int:
-        """Lanes without a running sequence."""
-        return len(self._idle)
+        """Lanes without a running sequence that the next one may have."""
+        return len(self._idle) - len(self._unknown)
 
     @property
     def used_tokens(self) -> int:
@@ -80,17 +90,24 @@ class LanePool:
         """Give a sequence the idle lane that saves it the most work.
 
         Sets the sequence's ``lane``, ``num_computed`` and ``num_cached``. There must be a free lane.
+
+        Raises:
+            EngineError: The runtime can free none of the idle lanes.
         """
         tokens = sequence.tokens[: sequence.num_tokens]
-        lane, shared = self._best_lane(tokens)
-        # The last token must be computed even if its KV is there: its logits are not.
-        keep = min(shared, sequence.num_tokens - 1)
-        kept = self._runtime.truncate(lane, keep)
+        kept = None
+        while kept is None:
+            if not self.num_free:
+                raise EngineError("the model's runtime failed to free the KV of a lane")
+            lane, shared = self._best_lane(tokens)
+            # The last token must be computed even if its KV is there: its logits are not.
+            kept = self._truncate(lane, min(shared, sequence.num_tokens - 1))
         del self._idle[lane]
         self._retained[lane] = _EMPTY
         self._owner[lane] = sequence
         sequence.lane = lane
         sequence.num_computed = kept
+        sequence.num_known = max(sequence.num_known, kept)
         if sequence.num_preemptions == 0:
             sequence.num_cached = kept
             self.num_queries += 1
@@ -108,6 +125,8 @@ class LanePool:
         best = (float("-inf"), -1, 0)
         busy = [lane for lane, owner in enumerate(self._owner) if owner is not None]
         for age, lane in enumerate(self._idle):  # the oldest first
+            if lane in self._unknown:
+                continue
             held = self._retained[lane]
             shared = common_prefix(held, tokens)
             recency = (age + 1) / len(self._idle)
@@ -125,18 +144,25 @@ class LanePool:
         if lane == NO_LANE:
             return
         held = sequence.tokens[: sequence.num_computed].copy() if self._prefix_reuse else _EMPTY
-        if not len(held):
-            self._runtime.truncate(lane, 0)
         self._owner[lane] = None
-        self._retained[lane] = held
         self._idle[lane] = None
+        self._retained[lane] = held
+        if not len(held):
+            self._evict(lane)
         sequence.lane = NO_LANE
         sequence.num_computed = 0
 
     def rewind(self, sequence: Sequence) -> None:
-        """Bring a lane in an unknown state back to what the sequence knows to be computed."""
-        if sequence.lane != NO_LANE:
-            sequence.num_computed = self._runtime.truncate(sequence.lane, sequence.num_computed)
+        """Bring a lane in an unknown state back to what the sequence knows to be computed.
+
+        Raises:
+            EngineError: The runtime cannot.
+        """
+        kept = self._truncate(sequence.lane, sequence.num_computed)
+        if kept is None:
+            self._unknown.discard(sequence.lane)  # it is not idle yet
+            raise EngineError("the model's runtime failed to bring a lane back after a failed step")
+        sequence.num_computed = kept
 
     def make_room(self, num_tokens: int) -> bool:
         """Evict what idle lanes retain, oldest first, until ``num_tokens`` more fit.
@@ -148,18 +174,41 @@ class LanePool:
         for lane in list(self._idle):
             if missing <= 0:
                 break
-            missing -= len(self._retained[lane])
-            self._evict(lane)
+            held = len(self._retained[lane])
+            if held and self._evict(lane):
+                missing -= held
         return missing <= 0
 
     def evict_all(self) -> bool:
-        """Evict everything that idle lanes retain; returns whether there was anything."""
-        lanes = [lane for lane in self._idle if len(self._retained[lane])]
-        for lane in lanes:
-            self._evict(lane)
-        return bool(lanes)
+        """Evict everything that idle lanes retain; returns whether that freed anything."""
+        lanes = [lane for lane in self._idle if len(self._retained[lane]) or lane in self._unknown]
+        return sum(map(self._evict, lanes)) > 0
 
-    def _evict(self, lane: int) -> None:
-        if len(self._retained[lane]):
-            self._runtime.truncate(lane, 0)
+    def recover(self) -> None:
+        """Try again to free the lanes that the runtime failed to free."""
+        for lane in list(self._unknown):
+            self._evict(lane)
+
+    def _evict(self, lane: int) -> bool:
+        """Empty an idle lane; returns whether the runtime did it."""
+        self._retained[lane] = _EMPTY
+        return self._truncate(lane, 0) is not None
+
+    def _truncate(self, lane: int, num_tokens: int) -> int | None:
+        """Keep so many tokens of a lane or fewer; ``None`` if the runtime failed."""
+        try:
+            kept = int(self._runtime.truncate(lane, num_tokens))
+            if not 0 <= kept <= num_tokens:
+                raise ValueError(f"truncate({lane}, {num_tokens}) kept {kept} tokens")
+        except Exception:
+            # Whatever it is, it must not cost those in other lanes anything.
+            self.num_errors += 1
+            self._unknown.add(lane)
             self._retained[lane] = _EMPTY
+            if self.num_errors == 1 or self.num_errors % 1000 == 0:
+                logger.exception(
+                    "the runtime failed to free lane %d (%d failures so far)", lane, self.num_errors
+                )
+            return None
+        self._unknown.discard(lane)
+        return kept

@@ -5,7 +5,8 @@
     drain the inbox -> ask the scheduler for a plan -> runtime.step -> sample -> update -> publish
 
 The first and the last happen here; what lies between is ``ModelEngine.step``. With several models on a
-device, those that have work take turns, so that models share the machine by rule.
+device, those that have work share its time by their weights (stride scheduling, Waldspurger and Weihl 1995):
+the one that had the least time for its weight is next, and what one leaves idle is the others'.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from stoker.types import Delta, FinishReason
 
 if TYPE_CHECKING:
     from stoker.engine.model_engine import ModelEngine, Outbox
+    from stoker.errors import RequestError
 
 __all__ = ["EngineLoop"]
 
@@ -47,11 +49,15 @@ class EngineLoop:
         self.device = device
         self.engines: list[ModelEngine] = []
         self.heartbeat_s = clock()
-        self._clock = clock
-        self._inbox: deque[tuple[ModelEngine | None, RequestStream]] = deque()
+        self.clock = clock
+        # What to do, given where to put deltas.
+        self._inbox: deque[Callable[[Outbox], None]] = deque()
+        self._device_time: dict[ModelEngine, float] = {}  # seconds / weight
+        self._had_work: set[ModelEngine] = set()
         self._wake = threading.Event()
         self._stopping = False
         self._closed = False  # nothing may enter the inbox any more; under the lock
+        self._num_paused = 0
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -82,13 +88,23 @@ class EngineLoop:
         with self._lock:
             if self._closed:
                 raise UnavailableError(_SHUTDOWN, code="server_shutdown")
-            self._inbox.append((engine, stream))
+            self._inbox.append(lambda outbox: self._submit(engine, stream, outbox))
         self._wake.set()
 
     def post_abort(self, stream: RequestStream) -> None:
         """Tell the loop that a request's reader has gone."""
-        self._inbox.append((None, stream))
+        self._inbox.append(lambda outbox: self._end(stream, None, outbox))
         self._wake.set()
+
+    def post_cancel(self, stream: RequestStream, error: RequestError) -> None:
+        """Tell the loop to end a request with an error."""
+        self._inbox.append(lambda outbox: self._end(stream, error, outbox))
+        self._wake.set()
+
+    def reader_moved(self) -> None:
+        """Tell the loop that a reader has read, if that may matter to it."""
+        if self._num_paused:
+            self._wake.set()
 
     @property
     def alive(self) -> bool:
@@ -98,67 +114,116 @@ class EngineLoop:
     # ------------------------------------------------------------------ the loop's thread
 
     def _run(self) -> None:
-        while not self._stopping:
-            self.heartbeat_s = self._clock()
-            if not self.step():
-                self._wake.wait(_IDLE_WAIT_S)
-                self._wake.clear()
+        try:
+            while not self._stopping:
+                self.heartbeat_s = self.clock()
+                if not self.step():
+                    self._wake.wait(_IDLE_WAIT_S)
+                    self._wake.clear()
+        except BaseException:
+            # Nobody must wait for a loop that is gone, and health must tell at once.
+            logger.critical("the loop of %s died", self.device, exc_info=True)
+            self.heartbeat_s = float("-inf")
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Let nothing enter any more, and end what is there."""
         with self._lock:
             self._closed = True
         self._drain_inbox()
-        outbox: Outbox = []
         for engine in self.engines:
-            engine.abort_all(UnavailableError(_SHUTDOWN, code="server_shutdown"), outbox)
+            self._end_all(engine, UnavailableError(_SHUTDOWN, code="server_shutdown"))
+
+    def _end_all(self, engine: ModelEngine, error: Exception) -> None:
+        """End every request of a model with an error."""
+        outbox: Outbox = []
+        try:
+            engine.abort_all(error, outbox)
+        except Exception:
+            # Whatever state this model is in, the thread must live for the others.
+            logger.exception("model %s: its requests could not be ended", engine.model)
         self._publish(outbox)
 
     def step(self) -> bool:
-        """One step of every model that has work; returns whether there was any."""
+        """One step of the model whose turn it is; returns whether there was work."""
         self._drain_inbox()
-        worked = False
-        for engine in self.engines:
-            if engine.has_work:
-                outbox: Outbox = []
-                self._step_engine(engine, outbox)
-                self._publish(outbox)
-                # An abort is obeyed within one step, whichever model's step that was.
-                self._drain_inbox()
-                worked = True
-        return worked
+        self._look_after_readers()
+        ready = [engine for engine in self.engines if engine.has_work]
+        if not ready:
+            self._had_work.clear()
+            return False
+        engine = ready[0] if len(ready) == 1 else self._next(ready)
+        self._had_work = set(ready)
+        started_s = self.clock()
+        self._attempt(engine, engine.step)
+        spent_s = self.clock() - started_s
+        self._device_time[engine] = self._device_time.get(engine, 0.0) + spent_s / engine.weight
+        return True
 
-    def _step_engine(self, engine: ModelEngine, outbox: Outbox) -> None:
+    def _next(self, ready: list[ModelEngine]) -> ModelEngine:
+        """The model that had the least time for its weight; who was idle has not saved any up."""
+        time = self._device_time
+        floor = min((time.get(e, 0.0) for e in ready if e in self._had_work), default=0.0)
+        for engine in ready:
+            if engine not in self._had_work:
+                time[engine] = max(time.get(engine, 0.0), floor)
+        return min(ready, key=lambda engine: time.get(engine, 0.0))
+
+    def _look_after_readers(self) -> None:
+        num_paused = 0
+        for engine in self.engines:
+            if engine.scheduler.paused:
+                self._attempt(engine, engine.look_after_readers)
+                num_paused += len(engine.scheduler.paused)
+        self._num_paused = num_paused
+
+    def _attempt(self, engine: ModelEngine, action: Callable[[Outbox], None]) -> None:
+        """Do something for a model and publish what comes of it."""
+        outbox: Outbox = []
+        failure: Exception | None = None
         try:
-            engine.step(outbox)
+            action(outbox)
         except Exception as error:
             # Not a runtime's failure (those are handled inside) but a bug of ours: the requests of
             # this model cannot be trusted any more, those of other models and later ones can.
             logger.exception("model %s: the loop failed", engine.model)
-            try:
-                engine.abort_all(error, outbox)
-            except Exception:
-                # Whatever state this model is in, the thread must live for the others.
-                logger.exception("model %s: its requests could not be ended", engine.model)
+            failure = error
+        self._publish(outbox)
+        if failure is not None:
+            self._end_all(engine, failure)
 
     def _drain_inbox(self) -> None:
+        if not self._inbox:
+            return
         outbox: Outbox = []
         while self._inbox:
-            engine, stream = self._inbox.popleft()
-            if engine is not None:
-                self._submit(engine, stream)
-                continue
-            for candidate in self.engines:
-                candidate.abort(stream, outbox)
+            action = self._inbox.popleft()
+            try:
+                action(outbox)
+            except Exception:
+                # A bug of ours as well; what else is in the inbox must not be lost with it.
+                logger.exception("the loop of %s could not take what it was sent", self.device)
         self._publish(outbox)
 
-    def _submit(self, engine: ModelEngine, stream: RequestStream) -> None:
+    def _end(self, stream: RequestStream, error: RequestError | None, outbox: Outbox) -> None:
+        for engine in self.engines:
+            if error is None:
+                engine.abort(stream, outbox)
+            else:
+                engine.cancel(stream, error, outbox)
+
+    def _submit(self, engine: ModelEngine, stream: RequestStream, outbox: Outbox) -> None:
         try:
             engine.submit(stream)
         except Exception as error:
             logger.exception("model %s: a request could not be queued", engine.model)
+            engine.count_withdrawn(stream.request)
             reason = FinishReason.ERROR
-            deltas = [
-                Delta(index=i, finish_reason=reason, error=error) for i in range(stream.request.n)
+            outbox += [
+                (stream, Delta(index=i, finish_reason=reason, error=error))
+                for i in range(stream.request.n)
             ]
-            self._publish([(stream, delta) for delta in deltas])
 
     def _publish(self, outbox: Outbox) -> None:
         """Hand a step's deltas to their readers: one call per event loop."""

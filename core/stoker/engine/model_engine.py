@@ -8,13 +8,19 @@ from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING
 
 from stoker.engine import sampler
+from stoker.engine.costs import OutputModel
 from stoker.engine.detokenizer import Detokenizer, TokenText
 from stoker.engine.lanes import LanePool
-from stoker.engine.scheduler import Plan, Scheduler
+from stoker.engine.plan import Plan
+from stoker.engine.readers import ReaderLimits, SlowReaders
+from stoker.engine.reporting import Reporter
+from stoker.engine.scheduler import Scheduler
 from stoker.engine.sequence import Sequence, SequenceStatus
-from stoker.errors import DeadlineError, EngineError
-from stoker.interfaces import LoadSnapshot
-from stoker.types import Delta, FinishReason, Request, StepRecord
+from stoker.engine.waiting import WaitingTable
+from stoker.errors import DeadlineError, EngineError, RequestError
+from stoker.interfaces import EngineSnapshot, LoadSnapshot, TenantLoad
+from stoker.tenants import Tenants
+from stoker.types import Delta, FinishReason, Request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +36,10 @@ logger = logging.getLogger("stoker.engine")
 
 Outbox = list[tuple["RequestStream", Delta]]
 
-_RATE_MEMORY = 0.9  # weight of the past in the running mean of tokens per second
-
 
 class ModelEngine:
-    """A runtime with its scheduler and its sequences. Everything but ``count_submitted`` and ``load``
-    runs on the thread of its loop.
+    """A runtime with its scheduler and its sequences. Everything but ``count_submitted``,
+    ``count_withdrawn``, ``load``, ``tenant_load`` and ``snapshot`` runs on the thread of its loop.
 
     Args:
         model: The served model's id.
@@ -45,6 +49,9 @@ class ModelEngine:
         cache_config: KV reuse.
         observers: Told of steps and ends.
         clock: Monotonic seconds.
+        tenants: Weights and reservations.
+        weight: Share of the device's time, against its other models.
+        reader_limits: What a reader that does not read may cost.
     """
 
     def __init__(
@@ -56,44 +63,80 @@ class ModelEngine:
         cache_config: CacheConfig,
         observers: Rows[Observer],
         clock: Callable[[], float],
+        tenants: Tenants | None = None,
+        weight: float = 1.0,
+        reader_limits: ReaderLimits | None = None,
     ) -> None:
         info = runtime.info
         self.model = model
+        self.weight = weight
         self.runtime = runtime
         self.clock = clock
         self.max_total_tokens = min(info.context_length, info.kv_capacity_tokens)
         lanes = LanePool(runtime, prefix_reuse=cache_config.prefix_reuse)
         self.scheduler = Scheduler(
-            model, policy, lanes, scheduler_config, info.max_step_tokens, clock
+            model,
+            policy,
+            lanes,
+            scheduler_config,
+            info.max_step_tokens,
+            clock,
+            tenants or Tenants(),
         )
-        self._observers = tuple(observers)
+        self.policy = policy
+        self._readers = SlowReaders(self.scheduler, reader_limits or ReaderLimits())
+        self._waiting = WaitingTable()
+        self._outputs = OutputModel()
+        self._reporter = Reporter(self.scheduler, observers, clock)
         self._token_text = TokenText(runtime.tokenizer.token_bytes)
         self._sequences: dict[RequestStream, list[Sequence]] = {}
-        self.num_observer_errors = 0
-        self.num_runtime_errors = 0
-        self._tokens_per_s = 0.0
-        # Each counter has one writer: the submitting thread, or the loop's.
-        self._submitted = [0, 0]
-        self._dequeued = [0, 0]
+        self._num_failures = 0
 
     # ------------------------------------------------------------------ in and out
 
     def count_submitted(self, request: Request) -> None:
         """Count a request as waiting from the moment it is posted; on the submitting thread."""
-        self._submitted[0] += request.n
-        self._submitted[1] += request.n * _cost(request)
+        self._waiting.add(request)
+
+    def count_withdrawn(self, request: Request) -> None:
+        """Take that back: the request could not be posted."""
+        self._waiting.remove(request, request.n)
 
     def load(self) -> LoadSnapshot:
         """How busy the model is; from any thread."""
         lanes = self.scheduler.lanes
         return LoadSnapshot(
             num_running=len(self.scheduler.running),
-            num_waiting=max(0, self._submitted[0] - self._dequeued[0]),
-            waiting_tokens=max(0, self._submitted[1] - self._dequeued[1]),
-            tokens_per_s=self._tokens_per_s,
+            num_waiting=self._waiting.num_sequences,
+            waiting_tokens=self._waiting.num_tokens,
+            tokens_per_s=self._reporter.tokens_per_s,
             kv_tokens_used=lanes.used_tokens,
             kv_tokens_retained=lanes.retained_tokens,
             kv_tokens_capacity=lanes.capacity_tokens,
+            num_paused=len(self.scheduler.paused),
+            num_free_lanes=lanes.num_free,
+        )
+
+    def tenant_load(self, tenant: str) -> TenantLoad:
+        """How much of the queue a tenant takes; from any thread."""
+        return self._waiting.tenant(tenant)
+
+    def snapshot(self) -> EngineSnapshot:
+        """What the model is doing, in detail; from any thread."""
+        scheduler = self.scheduler
+        # One call in C: no other thread can change the dict in the middle of it.
+        running = list(scheduler.running.values())
+        return EngineSnapshot(
+            now_s=self.clock(),
+            num_lanes=scheduler.lanes.num_lanes,
+            waiting=self._waiting.requests(),
+            running=[sequence.snapshot() for sequence in running],
+            cost=scheduler.costs.cost,
+            output_ratio=self._outputs.ratio,
+            mean_output_tokens=self._outputs.mean_tokens,
+            max_prefill_tokens=scheduler.prefill_limit,
+            kv_tokens_capacity=scheduler.lanes.capacity_tokens,
+            prompt_ratio=self._outputs.prompt_ratio,
         )
 
     def submit(self, stream: RequestStream) -> None:
@@ -109,6 +152,18 @@ class ModelEngine:
             )
             for index in range(request.n)
         ]
+        ahead = self._waiting.ahead_of(request)
+        for sequence in sequences:
+            facts = sequence.facts
+            facts.waiting_ahead = ahead.sequences
+            facts.waiting_ahead_own = ahead.own
+            facts.waiting_ahead_tokens = ahead.tokens
+            facts.running_at_arrival = len(self.scheduler.running)
+            sequence.expected_output = self._outputs.expect(
+                request.sampling.max_tokens, sequence.max_tokens
+            )
+            sequence.view = sequence.snapshot()
+        stream.sequences = tuple(sequences)
         self._sequences[stream] = sequences
         for sequence in sequences:
             self.scheduler.add(sequence)
@@ -118,16 +173,40 @@ class ModelEngine:
         for sequence in self._sequences.get(stream, ())[:]:
             self._finish(sequence, FinishReason.ABORT, outbox)
 
+    def cancel(self, stream: RequestStream, error: Exception, outbox: Outbox) -> None:
+        """End a request with an error that its reader is told."""
+        for sequence in self._sequences.get(stream, ())[:]:
+            self._finish(sequence, FinishReason.ERROR, outbox, error)
+
     def abort_all(self, error: Exception, outbox: Outbox) -> None:
         """End every request with an error."""
         for sequences in list(self._sequences.values()):
             for sequence in sequences[:]:
+                sequence.num_computed = 0  # nobody knows any more what is in its lane
                 self._finish(sequence, FinishReason.ERROR, outbox, error)
 
     @property
+    def num_observer_errors(self) -> int:
+        """How often an observer failed so far."""
+        return self._reporter.num_observer_errors
+
+    @property
+    def num_runtime_errors(self) -> int:
+        """How often the runtime failed so far, in a step or in freeing KV."""
+        return self._num_failures + self.scheduler.lanes.num_errors
+
+    @property
     def has_work(self) -> bool:
-        """Whether a step has anything to do."""
+        """Whether a step has anything to do. Sequences that wait for their readers are no work."""
         return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def look_after_readers(self, outbox: Outbox) -> None:
+        """Let paused sequences go on whose readers read again, and drop those that do not."""
+        if not self.scheduler.paused:
+            return
+        for sequence, error in self._readers.check():
+            self._finish(sequence, FinishReason.ERROR, outbox, error)
+        self._expire(self.clock(), outbox)
 
     # ------------------------------------------------------------------ one step
 
@@ -135,34 +214,33 @@ class ModelEngine:
         """Plan one step, run it, sample from it, update the sequences; deltas go to ``outbox``."""
         started_s = self.clock()
         self._expire(started_s, outbox)
-        preemptions = self.scheduler.num_preemptions
         plan = self.scheduler.schedule()
         self._count_admitted()
+        for sequence in self.scheduler.hopeless():
+            stuck = EngineError("the model's runtime cannot free any KV memory")
+            self._fail(sequence, stuck, outbox)
         plan = self.scheduler.make_room(plan)
         if not plan:
             return
-        wanted = self._observers or self.scheduler.policy.wants_records
-        scheduled = self._describe(plan) if wanted else ()
+        scheduled = self._reporter.describe(plan)
         gaps: list[float] = []
         before = len(outbox)
+        plan_tokens = (plan.num_prefill_tokens, len(plan.decodes))
         runtime_s = self._compute(plan, gaps, outbox)
-        self._report(
-            plan_tokens=(plan.num_prefill_tokens, len(plan.decodes)),
+        self._readers.pause_slow()
+        self._reporter.step(
+            plan_tokens=plan_tokens,
             started_s=started_s,
             runtime_s=runtime_s,
             num_generated=sum(delta.num_tokens for _, delta in outbox[before:]),
             gaps=gaps,
             scheduled=scheduled,
-            num_preemptions=self.scheduler.num_preemptions - preemptions,
+            num_runtime_errors=self.num_runtime_errors,
         )
 
     def _count_admitted(self) -> None:
         for sequence in self.scheduler.take_admitted():
-            self._count_dequeued(sequence)
-
-    def _count_dequeued(self, sequence: Sequence) -> None:
-        self._dequeued[0] += 1
-        self._dequeued[1] += _cost(sequence.request)
+            self._waiting.remove(sequence.request)
 
     def _compute(self, plan: Plan, gaps: list[float], outbox: Outbox) -> float:
         """Run a plan and update its sequences; returns the seconds inside the runtime."""
@@ -173,12 +251,18 @@ class ModelEngine:
                 return self.clock() - started_s
             sampled = plan.sampled()
             runtime_s = self.clock() - started_s
-            tokens = sampler.sample(logits, sampled) if sampled else []
+            tokens = self._sample(logits, sampled) if sampled else []
         except Exception as error:  # noqa: BLE001 - a runtime may raise anything; others must go on
             self._isolate(plan, error, gaps, outbox)
             return self.clock() - started_s
         self._update(plan, sampled, tokens, gaps, outbox)
         return runtime_s
+
+    def _sample(self, logits: NDArray[np.float32], sampled: list[Sequence]) -> list[int]:
+        wanted = (len(sampled), self.runtime.info.vocab_size)
+        if logits.shape != wanted:
+            raise EngineError(f"the runtime returned logits of shape {logits.shape}, not {wanted}")
+        return sampler.sample(logits, sampled)
 
     def _run(self, plan: Plan) -> NDArray[np.float32] | None:
         """Logits of a plan; ``None`` if the KV memory cannot hold it now."""
@@ -195,32 +279,61 @@ class ModelEngine:
 
     def _isolate(self, plan: Plan, error: Exception, gaps: list[float], outbox: Outbox) -> None:
         """After a failed step, find out whose fault it was: run its sequences one by one."""
-        self.num_runtime_errors += 1
+        self._num_failures += 1
         logger.error("model %s: a step failed: %r", self.model, error, exc_info=error)
         sequences = plan.sequences()
         if len(sequences) == 1:
-            failure = error
-            if not isinstance(error, EngineError):
-                failure = EngineError(f"the model's runtime failed: {type(error).__name__}")
-            self._finish(sequences[0], FinishReason.ERROR, outbox, failure)
+            self._fail(sequences[0], error, outbox)
             return
         counts = {sequence.sequence_id: count for sequence, count in plan.prefills}
         for sequence in sequences:
-            known = sequence.num_computed
-            try:
-                self.scheduler.lanes.rewind(sequence)
-            except Exception as cause:  # noqa: BLE001 - as in _compute
-                self._isolate(Plan(decodes=[sequence]), cause, gaps, outbox)
-                continue
-            if sequence.num_computed < known:
-                # The lane could not be brought back: compute it again from the start.
-                self.scheduler.preempt(sequence)
-                continue
-            count = counts.get(sequence.sequence_id)
+            # One of those before it may have needed its lane's room.
+            if sequence.sequence_id in self.scheduler.running:
+                self._retry_alone(sequence, counts.get(sequence.sequence_id), gaps, outbox)
+
+    def _retry_alone(
+        self, sequence: Sequence, count: int | None, gaps: list[float], outbox: Outbox
+    ) -> None:
+        """Do alone what a sequence should have done in a step that failed.
+
+        Args:
+            sequence: One that runs.
+            count: How many of its tokens to prefill; ``None`` if it was to decode.
+            gaps: See ``_compute``.
+            outbox: Where deltas go.
+        """
+        running = self.scheduler.running
+        known = sequence.num_computed
+        try:
+            self.scheduler.lanes.rewind(sequence)
+        except EngineError as failure:
+            self._fail(sequence, failure, outbox)
+            return
+        if sequence.num_computed < known and sequence.failed_at != sequence.num_output:
+            # The lane could not be brought back, only emptied: compute it again, in its turn.
+            sequence.failed_at = sequence.num_output
+            self.scheduler.preempt(sequence, "failure")
+            return
+        # If it got no token since that happened to it last, the next shared step might fail, too: catch up
+        # alone, or neither the culprit nor the others would ever get anywhere.
+        while sequence.num_computed < known and sequence.sequence_id in running:
+            chunk = min(known - sequence.num_computed, self.scheduler.token_budget)
+            self._compute(Plan(prefills=[(sequence, chunk)]), gaps, outbox)
+        if sequence.sequence_id in running:
             alone = (
                 Plan(decodes=[sequence]) if count is None else Plan(prefills=[(sequence, count)])
             )
             self._compute(alone, gaps, outbox)
+
+    def _fail(
+        self, sequence: Sequence, error: Exception, outbox: Outbox, *, num_tokens: int = 0
+    ) -> None:
+        """End a sequence that could not be computed."""
+        # What is in its lane is not to be trusted.
+        sequence.num_computed = 0
+        if not isinstance(error, EngineError | RequestError):
+            error = EngineError(f"the model's runtime failed: {type(error).__name__}")
+        self._finish(sequence, FinishReason.ERROR, outbox, error, num_tokens=num_tokens)
 
     def _update(
         self,
@@ -232,13 +345,20 @@ class ModelEngine:
     ) -> None:
         for sequence in plan.decodes:
             sequence.num_computed += 1
+            sequence.num_known = sequence.num_computed
+            sequence.num_deferred = 0
+            sequence.facts.num_decode_steps += 1
         for sequence, count in plan.prefills:
+            facts = sequence.facts
+            facts.recomputed_tokens += sequence.scheduled(count).recomputed
+            facts.num_prefill_steps += 1
             sequence.num_computed += count
+            sequence.num_known = max(sequence.num_known, sequence.num_computed)
         now_s = self.clock()
         for sequence, token in zip(sampled, tokens, strict=True):
             if token == sampler.NOT_FINITE:
                 failure = EngineError("the model produced logits that are not finite")
-                self._finish(sequence, FinishReason.ERROR, outbox, failure)
+                self._fail(sequence, failure, outbox)
                 continue
             if sequence.status is SequenceStatus.PREFILL:
                 sequence.move_to(SequenceStatus.DECODE)
@@ -256,13 +376,24 @@ class ModelEngine:
         if is_end and not sequence.sampling.ignore_eos:
             self._finish(sequence, FinishReason.STOP, outbox, num_tokens=1)
             return
-        text = sequence.detokenizer.push(token)
+        try:
+            text = sequence.detokenizer.push(token)
+        except Exception as error:
+            # A tokenizer may raise anything, too; its token is counted, since it was generated.
+            logger.exception("model %s: token %d has no text", self.model, token)
+            self._num_failures += 1
+            self._fail(sequence, error, outbox, num_tokens=1)
+            return
         if sequence.detokenizer.stopped:
             self._finish(sequence, FinishReason.STOP, outbox, text=text, num_tokens=1)
         elif sequence.num_output >= sequence.max_tokens:
             self._finish(sequence, FinishReason.LENGTH, outbox, text=text, num_tokens=1)
         else:
-            outbox.append((sequence.stream, Delta(index=sequence.index, text=text, num_tokens=1)))
+            stream = sequence.stream
+            outbox.append((stream, Delta(index=sequence.index, text=text, num_tokens=1)))
+            stream.num_sent += 1
+            if stream.num_sent - stream.num_read > self._readers.max_unread:
+                self._readers.is_slow(sequence)
 
     def _finish(
         self,
@@ -279,14 +410,17 @@ class ModelEngine:
         if sequence.detokenizer.stopped and reason is FinishReason.LENGTH:
             reason = FinishReason.STOP
         if sequence.admitted_s is None:
-            self._count_dequeued(sequence)
-        if reason is FinishReason.ERROR:
-            # What a failed step left in the lane is not to be trusted.
-            sequence.num_computed = 0
+            self._waiting.remove(sequence.request)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._outputs.observe(sequence.num_output, sequence.sampling.max_tokens)
+            self._outputs.observe_prompt(sequence.num_prompt, sequence.num_cached)
         self.scheduler.remove(sequence)
+        self._readers.forget(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
         sequence.finish_reason = reason
-        record = sequence.record(self.clock(), None if error is None else str(error))
+        sequence.ended_s = self.clock()
+        sequence.error = error
+        record = sequence.record()
         stream = sequence.stream
         stream.records.append(record)
         siblings = self._sequences[stream]
@@ -302,11 +436,7 @@ class ModelEngine:
             usage=sequence.usage(),
         )
         outbox.append((stream, delta))
-        for observer in self._observers:
-            try:
-                observer.on_finish(record)
-            except Exception as failure:  # noqa: BLE001 - a plugin may raise anything
-                self._observer_failed(observer, failure)
+        self._reporter.finished(record)
 
     def _expire(self, now_s: float, outbox: Outbox) -> None:
         for sequence in self.scheduler.expired(now_s):
@@ -317,63 +447,3 @@ class ModelEngine:
                 "raise its timeout, or retry when the server is less busy"
             )
             self._finish(sequence, FinishReason.ERROR, outbox, error)
-
-    # ------------------------------------------------------------------ reporting
-
-    @staticmethod
-    def _describe(plan: Plan) -> list[tuple[str, int, int]]:
-        decodes = [(s.request.tenant, 0, 1) for s in plan.decodes]
-        return decodes + [(s.request.tenant, count, 0) for s, count in plan.prefills]
-
-    def _report(
-        self,
-        *,
-        plan_tokens: tuple[int, int],
-        started_s: float,
-        runtime_s: float,
-        num_generated: int,
-        gaps: list[float],
-        scheduled: Rows[tuple[str, int, int]],
-        num_preemptions: int,
-    ) -> None:
-        duration_s = self.clock() - started_s
-        rate = sum(plan_tokens) / max(duration_s, 1e-9)
-        past = self._tokens_per_s
-        self._tokens_per_s = rate if not past else past * _RATE_MEMORY + rate * (1 - _RATE_MEMORY)
-        if not self._observers and not self.scheduler.policy.wants_records:
-            return
-        lanes = self.scheduler.lanes
-        record = StepRecord(
-            model=self.model,
-            started_s=started_s,
-            duration_s=duration_s,
-            runtime_s=runtime_s,
-            num_prefill_tokens=plan_tokens[0],
-            num_decode_tokens=plan_tokens[1],
-            num_generated_tokens=num_generated,
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            num_preemptions=num_preemptions,
-            num_cache_queries=lanes.query_tokens,
-            num_cache_hits=lanes.hit_tokens,
-            num_policy_errors=self.scheduler.policy.num_errors,
-            num_runtime_errors=self.num_runtime_errors,
-            token_gaps_s=gaps,
-            scheduled=scheduled,
-        )
-        self.scheduler.policy.on_step(record)
-        for observer in self._observers:
-            try:
-                observer.on_step(record)
-            except Exception as failure:  # noqa: BLE001 - a plugin may raise anything
-                self._observer_failed(observer, failure)
-
-    def _observer_failed(self, observer: Observer, failure: Exception) -> None:
-        self.num_observer_errors += 1
-        if self.num_observer_errors == 1 or self.num_observer_errors % 1000 == 0:
-            logger.error("observer %s failed: %r", type(observer).__name__, failure)
-
-
-def _cost(request: Request) -> int:
-    """Tokens one sequence of a request may take: what queue bounds count."""
-    return len(request.prompt_token_ids) + (request.sampling.max_tokens or 0)

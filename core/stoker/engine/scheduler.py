@@ -3,85 +3,34 @@
 A step is {sequence: number of tokens} (as vLLM's v1 scheduler puts it). Decodes go first, one token each;
 what remains of the token budget goes to prefill chunks of several sequences (Sarathi-Serve, Agrawal et al.,
 OSDI 2024), so that a long prompt never stalls the streams that run. The policy orders; nothing here computes.
+Who leaves the queue is decided in ``admission.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from stoker.engine.admission import Admission
+from stoker.engine.costs import CostModel
+from stoker.engine.plan import Plan
 from stoker.engine.policy_guard import PolicyGuard
+from stoker.engine.reservations import Reservations
 from stoker.engine.sequence import Sequence, SequenceStatus
-from stoker.interfaces import PolicyContext
-from stoker.types import StepInput
+from stoker.errors import EngineError
+from stoker.interfaces import MAX_DEFERRED, MAX_VIEWS, PolicyContext, StepCost, TenantShare
+from stoker.tenants import Tenants
 
 if TYPE_CHECKING:
     from stoker.config import SchedulerConfig
     from stoker.engine.lanes import LanePool
     from stoker.interfaces import SchedulingPolicy
+    from stoker.types import SequenceView
 
-__all__ = ["Plan", "Scheduler"]
+__all__ = ["Scheduler"]
 
-
-@dataclass(slots=True)
-class Plan:
-    """What one step computes.
-
-    Attributes:
-        decodes: Sequences with one pending token.
-        prefills: Sequences and how many of their pending tokens to compute.
-    """
-
-    decodes: list[Sequence] = field(default_factory=list)
-    prefills: list[tuple[Sequence, int]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.prefills)
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Prompt tokens to compute."""
-        return sum(count for _, count in self.prefills)
-
-    @property
-    def num_tokens(self) -> int:
-        """All tokens to compute."""
-        return len(self.decodes) + self.num_prefill_tokens
-
-    def sequences(self) -> list[Sequence]:
-        """All sequences of the step."""
-        return self.decodes + [sequence for sequence, _ in self.prefills]
-
-    def sampled(self) -> list[Sequence]:
-        """The sequences that get a token from this step, in the order of the logits' rows."""
-        return self.decodes + [s for s, count in self.prefills if count == s.num_pending]
-
-    def step_input(self) -> StepInput:
-        """The arrays for ``Runtime.step``."""
-        decodes = self.decodes
-        head = len(decodes)
-        total = self.num_tokens
-        token_ids = np.empty(total, np.int32)
-        positions = np.empty(total, np.int32)
-        lanes = np.empty(total, np.int32)
-        wants_logits = np.zeros(total, np.bool_)
-        if decodes:
-            token_ids[:head] = [s.tokens[s.num_computed] for s in decodes]
-            positions[:head] = [s.num_computed for s in decodes]
-            lanes[:head] = [s.lane for s in decodes]
-            wants_logits[:head] = True
-        at = head
-        for sequence, count in self.prefills:
-            start, end = sequence.num_computed, sequence.num_computed + count
-            token_ids[at : at + count] = sequence.tokens[start:end]
-            positions[at : at + count] = np.arange(start, end, dtype=np.int32)
-            lanes[at : at + count] = sequence.lane
-            at += count
-            wants_logits[at - 1] = end == sequence.num_tokens
-        return StepInput(token_ids, positions, lanes, wants_logits)
+_MIN_CHUNK = 32  # prompt tokens of a step that prefills at all: below, a step is mostly overhead
 
 
 class Scheduler:
@@ -94,6 +43,13 @@ class Scheduler:
         config: Token budgets.
         max_step_tokens: Most tokens the runtime takes in one step.
         clock: Monotonic seconds.
+        tenants: Weights and reservations.
+
+    Attributes:
+        waiting: The queue, in order of arrival (a preempted sequence waits again, at the end).
+        running: Who holds a lane.
+        paused: Who had one, and waits for its reader.
+        costs: What steps cost lately.
     """
 
     def __init__(
@@ -104,19 +60,27 @@ class Scheduler:
         config: SchedulerConfig,
         max_step_tokens: int,
         clock: Callable[[], float],
+        tenants: Tenants,
     ) -> None:
         self.model = model
-        self.policy = PolicyGuard(policy)
+        self.policy = PolicyGuard(policy, clock)
         self.lanes = lanes
         self.token_budget = min(config.max_num_batched_tokens, max_step_tokens)
         self.prefill_limit = config.max_prefill_tokens_while_decoding
+        self.target_step_s = config.target_step_s
         self.clock = clock
-        # Insertion order is arrival order; a preempted sequence keeps its arrival time.
+        self.tenants = tenants
+        self.reservations = Reservations(tenants, lanes.capacity_tokens)
         self.waiting: dict[int, Sequence] = {}
         self.running: dict[int, Sequence] = {}
+        self.paused: dict[int, Sequence] = {}
+        self.costs = CostModel()
         self.num_preemptions = 0
+        self._admission = Admission(self, config)
         self._admitted: list[Sequence] = []
         self._next_deadline_s = float("inf")
+
+    # ------------------------------------------------------------------ in and out
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence into the queue."""
@@ -129,6 +93,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished sequence and free its lane."""
         self.waiting.pop(sequence.sequence_id, None)
+        self.paused.pop(sequence.sequence_id, None)
         if self.running.pop(sequence.sequence_id, None) is not None:
             self.lanes.release(sequence)
 
@@ -138,7 +103,8 @@ class Scheduler:
             return []
         late: list[Sequence] = []
         upcoming = float("inf")
-        for sequence in (*self.waiting.values(), *self.running.values()):
+        everybody = (*self.waiting.values(), *self.running.values(), *self.paused.values())
+        for sequence in everybody:
             deadline = _deadline(sequence)
             if deadline <= now_s:
                 late.append(sequence)
@@ -147,10 +113,120 @@ class Scheduler:
         self._next_deadline_s = upcoming
         return late
 
+    def start(self, sequence: Sequence, rule: str) -> None:
+        """Give a waiting sequence a free lane; it waits on if the runtime cannot free it."""
+        try:
+            self.lanes.acquire(sequence)
+        except EngineError:
+            return
+        del self.waiting[sequence.sequence_id]
+        sequence.move_to(SequenceStatus.PREFILL)
+        sequence.output_at_admission = sequence.num_output
+        if sequence.admitted_s is None:
+            sequence.admitted_s = self.clock()
+            sequence.facts.admitted_by = rule
+            self._admitted.append(sequence)
+        self.running[sequence.sequence_id] = sequence
+
+    def take_admitted(self) -> list[Sequence]:
+        """Sequences that left the queue for the first time since the last call."""
+        admitted, self._admitted = self._admitted, []
+        return admitted
+
+    def hopeless(self) -> list[Sequence]:
+        """The queue, if nobody runs and the runtime cannot free a single lane; else nobody."""
+        return [] if self.running or self.lanes.num_free else list(self.waiting.values())
+
+    def preempt(self, sequence: Sequence, reason: str) -> None:
+        """Take a running sequence's lane; it waits again, with its text, under its arrival time.
+
+        Args:
+            sequence: The one that yields.
+            reason: See ``Preemption.reason``; with ``reader`` it waits for its reader, outside the queue.
+        """
+        del self.running[sequence.sequence_id]
+        now_s = self.clock()
+        sequence.lost_lane(now_s, reason, sequence.num_computed)
+        self.lanes.release(sequence)
+        sequence.move_to(SequenceStatus.PREEMPTED)
+        self.num_preemptions += 1
+        if reason == "reader":
+            sequence.paused_at_s = now_s
+            self.paused[sequence.sequence_id] = sequence
+        else:
+            self.waiting[sequence.sequence_id] = sequence
+        sequence.view = sequence.snapshot()
+
+    def resume(self, sequence: Sequence) -> None:
+        """Put a paused sequence back into the queue."""
+        del self.paused[sequence.sequence_id]
+        now_s = self.clock()
+        if sequence.paused_at_s is not None:
+            sequence.facts.paused_s += now_s - sequence.paused_at_s
+        sequence.paused_at_s = None
+        sequence.waiting_since_s = now_s
+        sequence.view = sequence.snapshot()
+        self.waiting[sequence.sequence_id] = sequence
+
+    # ------------------------------------------------------------------ what a policy sees
+
+    def waiting_views(self) -> tuple[SequenceView, ...]:
+        """The queue, bounded: if it is too long, the oldest of each tenant in turn."""
+        if len(self.waiting) <= MAX_VIEWS:
+            return tuple(sequence.view for sequence in self.waiting.values())
+        by_tenant: dict[str, list[SequenceView]] = {}
+        for sequence in self.waiting.values():
+            by_tenant.setdefault(sequence.request.tenant, []).append(sequence.view)
+        in_turn = itertools.zip_longest(*by_tenant.values())
+        shown = (view for round_ in in_turn for view in round_ if view is not None)
+        return tuple(itertools.islice(shown, MAX_VIEWS))
+
+    def context(self, waiting: tuple[SequenceView, ...] | None = None) -> PolicyContext:
+        """What a policy may know now.
+
+        Args:
+            waiting: The views of the queue, if they are known already.
+        """
+        return PolicyContext(
+            now_s=self.clock(),
+            model=self.model,
+            num_lanes=self.lanes.num_lanes,
+            num_free_lanes=self.lanes.num_free,
+            token_budget=self.token_budget,
+            kv_tokens_capacity=self.lanes.capacity_tokens,
+            kv_tokens_used=self.lanes.used_tokens,
+            waiting=self.waiting_views() if waiting is None else waiting,
+            running=tuple(sequence.snapshot() for sequence in self.running.values()),
+            tenants=self._shares(),
+            cost=self.costs.cost,
+            target_step_s=self.target_step_s,
+        )
+
+    def _shares(self) -> dict[str, TenantShare]:
+        counts: dict[str, list[int]] = {}
+        for column, group in enumerate((self.running, self.waiting)):
+            for sequence in group.values():
+                counts.setdefault(sequence.request.tenant, [0, 0])[column] += 1
+        shares: dict[str, TenantShare] = {}
+        for name, (num_running, num_waiting) in counts.items():
+            tenant = self.tenants.get(name)
+            shares[name] = TenantShare(
+                name=name,
+                weight=tenant.weight,
+                num_running=num_running,
+                num_waiting=num_waiting,
+                reserved_lanes=tenant.reserved_lanes,
+                reserved_kv_tokens=self.reservations.kv_tokens(tenant),
+            )
+        return shares
+
+    # ------------------------------------------------------------------ a step
+
     def schedule(self) -> Plan:
         """Admit what fits, then plan one step."""
-        if self.waiting and (self.lanes.num_free or self.policy.may_preempt):
-            self._admit()
+        if self.waiting:
+            self.lanes.recover()
+            self._admission.admit()
         plan = Plan()
         prefilling: list[Sequence] = []
         for sequence in self.running.values():
@@ -158,6 +234,9 @@ class Scheduler:
                 plan.decodes.append(sequence)
             else:
                 prefilling.append(sequence)
+        num_decoding = len(plan.decodes)
+        if prefilling and plan.decodes and self.policy.selects_decodes:
+            plan.decodes = self._select_decodes(plan.decodes, prefilling)
         if len(plan.decodes) > self.token_budget:
             # More lanes than budget: those whose last token is oldest go first.
             plan.decodes.sort(key=lambda s: s.last_token_s or 0.0)
@@ -166,85 +245,46 @@ class Scheduler:
         plan.decodes.sort(key=lambda s: s.lane)
         prefilling.sort(key=lambda s: s.lane)
         if prefilling:
-            self._share_prefill(plan, prefilling)
+            self._share_prefill(plan, prefilling, num_decoding)
         return plan
 
-    def take_admitted(self) -> list[Sequence]:
-        """Sequences that left the queue for the first time since the last call."""
-        admitted, self._admitted = self._admitted, []
-        return admitted
+    def _select_decodes(
+        self, decoding: list[Sequence], prefilling: list[Sequence]
+    ) -> list[Sequence]:
+        """The decodes that the policy wants in this step, and those it has left out for too long."""
+        chosen = self.policy.decodes(decoding, prefilling, self.context)
+        if chosen is None:
+            chosen = {sequence.sequence_id for sequence in decoding}
+        selected: list[Sequence] = []
+        for sequence in decoding:
+            if sequence.sequence_id in chosen or sequence.num_deferred >= MAX_DEFERRED:
+                sequence.num_deferred = 0
+                selected.append(sequence)
+            else:
+                sequence.num_deferred += 1
+                sequence.facts.num_deferred_steps += 1
+        return selected
 
-    def _context(self) -> PolicyContext:
-        return PolicyContext(
-            now_s=self.clock(),
-            model=self.model,
-            num_lanes=self.lanes.num_lanes,
-            num_free_lanes=self.lanes.num_free,
-            token_budget=self.token_budget,
-        )
-
-    def _admit(self) -> None:
-        views = [sequence.view for sequence in self.waiting.values()]
-        order = self.policy.admission_order(views, self._context())
-        for view in order:
-            sequence = self.waiting[view.sequence_id]
-            if not self.lanes.num_free and not self._preempt_for(sequence):
-                break
-            if not self._fits(sequence):
-                break
-            self._start(sequence)
-
-    def _fits(self, candidate: Sequence) -> bool:
-        """Whether KV has room for all tokens that the running sequences and the candidate have so far.
-
-        Without this, sequences that do not fit together would take each other's lane for ever before
-        any of them got a token; with it, every preemption is paid for by at least one new token.
-        """
-        if not self.running:
-            return True
-        reserved = sum(sequence.num_tokens for sequence in self.running.values())
-        return reserved + candidate.num_tokens < self.lanes.capacity_tokens
-
-    def _start(self, sequence: Sequence) -> None:
-        del self.waiting[sequence.sequence_id]
-        self.lanes.acquire(sequence)
-        sequence.move_to(SequenceStatus.PREFILL)
-        if sequence.admitted_s is None:
-            sequence.admitted_s = self.clock()
-            self._admitted.append(sequence)
-        self.running[sequence.sequence_id] = sequence
-
-    def _preempt_for(self, candidate: Sequence) -> bool:
-        """Let the policy name a running sequence that yields its lane to the candidate."""
-        if not self.policy.may_preempt:
-            return False
-        running = [s.snapshot() for s in self.running.values()]
-        victims = self.policy.victims(candidate.snapshot(), running, self._context())
-        if not victims:
-            return False
-        self.preempt(self.running[victims[0].sequence_id])
-        return True
-
-    def preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's lane; it waits again, with its text, under its arrival time."""
-        del self.running[sequence.sequence_id]
-        self.lanes.release(sequence)
-        sequence.move_to(SequenceStatus.PREEMPTED)
-        sequence.num_preemptions += 1
-        sequence.view = sequence.snapshot()
-        self.num_preemptions += 1
-        self.waiting[sequence.sequence_id] = sequence
-
-    def _share_prefill(self, plan: Plan, prefilling: list[Sequence]) -> None:
+    def _share_prefill(self, plan: Plan, prefilling: list[Sequence], num_decoding: int) -> None:
         budget = self.token_budget - len(plan.decodes)
-        if plan.decodes:
+        if num_decoding:
             budget = min(budget, self.prefill_limit)
+        if self.target_step_s:
+            budget = min(budget, self._affordable(len(plan.decodes)))
         if budget <= 0:
             return
-        shares = self.policy.prefill_shares(prefilling, budget, self._context)
+        shares = self.policy.prefill_shares(prefilling, budget, self.context)
         if shares is None:
             shares = _even_shares(prefilling, budget)
         plan.prefills = [(s, shares[s.sequence_id]) for s in prefilling if shares[s.sequence_id]]
+
+    def _affordable(self, num_decodes: int) -> int:
+        """Prompt tokens that make a step with so many decodes take about as long as it should."""
+        cost: StepCost = self.costs.cost
+        if cost.prefill_s <= 0:
+            return self.prefill_limit  # nothing is known yet: a careful guess
+        left_s = self.target_step_s - cost.step_s(0, num_decodes)
+        return max(_MIN_CHUNK, int(left_s / cost.prefill_s))
 
     def make_room(self, plan: Plan) -> Plan:
         """Free KV for a plan: first what idle lanes retain, then preempted sequences' lanes.
@@ -265,16 +305,30 @@ class Scheduler:
         """
         if self.lanes.evict_all():
             return plan
-        return plan if self._preempt_one(plan) else None
+        planned = plan.sequences()
+        # One that has yielded before stays, if it is the only one that wants room: when all others have
+        # yielded and there still is none, it is known to be at fault. Else it would yield for ever.
+        stays = planned[0] if len(planned) == 1 and planned[0].yielded_in_vain else None
+        return plan if self._preempt_one(plan, stays) else None
 
-    def _preempt_one(self, plan: Plan) -> bool:
-        """Preempt the running sequence that the policy gives up first, and drop it from the plan."""
+    def _preempt_one(self, plan: Plan, stays: Sequence | None = None) -> bool:
+        """Preempt the running sequence that the policy gives up first, and drop it from the plan.
+
+        Args:
+            plan: What is to be computed.
+            stays: Who is not preempted, whatever the policy says.
+        """
         if len(self.running) <= 1:
             return False
-        running = [s.snapshot() for s in self.running.values()]
-        order = self.policy.preemption_order(running, self._context())
-        victim = self.running[order[0].sequence_id]
-        self.preempt(victim)
+        running = list(self.running.values())
+        order = self.policy.preemption_order([s.snapshot() for s in running], self.context())
+        victims = [self.running[view.sequence_id] for view in order]
+        victims = [victim for victim in victims if victim is not stays]
+        if self.reservations.holders():
+            # Those within their reservation last; the sort is stable.
+            victims.sort(key=lambda s: self.reservations.is_protected(running, s))
+        victim = victims[0]
+        self.preempt(victim, "no_room")
         self.lanes.evict_all()
         if victim in plan.decodes:
             plan.decodes.remove(victim)

@@ -1,8 +1,9 @@
 """What plugin authors and stoker's own tests test with.
 
 ``ScriptedRuntime`` is a deterministic model that costs nothing; ``EngineHarness`` drives an engine step by
-step; ``FakeClock`` is a clock that a test moves. Names are resolved on first use, as in ``stoker`` itself:
-the bundled plugins name the scripted backend's options without loading numpy.
+step; ``FakeClock`` is a clock that a test moves; ``FaultyRuntime`` and ``FaultyPolicy`` go wrong on purpose.
+Names are resolved on first use, as in ``stoker`` itself: the bundled plugins name the scripted backend's
+options without loading numpy.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stoker.testing.clock import FakeClock
+    from stoker.testing.faults import Fault, FaultyPolicy, FaultyRuntime
     from stoker.testing.harness import EngineHarness, Submitted
     from stoker.testing.scripted import (
         ScriptedBackend,
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "EngineHarness": "harness",
     "FakeClock": "clock",
+    "Fault": "faults",
+    "FaultyPolicy": "faults",
+    "FaultyRuntime": "faults",
     "ScriptedBackend": "scripted",
     "ScriptedOptions": "scripted_options",
     "ScriptedRuntime": "scripted",
@@ -35,6 +40,9 @@ _HOME_OF = {
 __all__ = [
     "EngineHarness",
     "FakeClock",
+    "Fault",
+    "FaultyPolicy",
+    "FaultyRuntime",
     "ScriptedBackend",
     "ScriptedOptions",
     "ScriptedRuntime",

@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stoker.config import CacheConfig, SchedulerConfig
 from stoker.engine.model_engine import ModelEngine
+from stoker.engine.readers import ReaderLimits
+from stoker.tenants import Tenants
 from stoker.testing.clock import FakeClock
 from stoker.testing.scripted import ScriptedRuntime
-from stoker.types import Delta, FinishReason, Request, RequestRecord, SamplingParams
+from stoker.types import (
+    Delta,
+    FinishReason,
+    Request,
+    RequestRecord,
+    SamplingParams,
+    SequenceTrace,
+)
 
 if TYPE_CHECKING:
+    from stoker.config import TenantConfig
     from stoker.engine.client import RequestStream
     from stoker.engine.model_engine import Outbox
     from stoker.interfaces import Observer, Runtime, SchedulingPolicy
@@ -28,12 +38,23 @@ class Submitted:
     Attributes:
         deltas: What was delivered so far.
         records: One record for each sequence that has ended.
+        num_sent: Deltas that the engine has handed over.
+        num_read: Of those, how many were read; a harness reads at once unless ``reads`` is false.
+        reads: Whether its reader reads.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.deltas: list[Delta] = []
         self.records: list[RequestRecord] = []
+        self.sequences: Sequence[Any] = ()
+        self.num_sent = 0
+        self.num_read = 0
+        self.reads = True
+
+    def traces(self) -> list[SequenceTrace]:
+        """What happened to its sequences; complete once they have ended."""
+        return [r.trace for r in self.records if r.trace is not None]
 
     def text(self, index: int = 0) -> str:
         """The text of one of its sequences."""
@@ -62,6 +83,8 @@ class EngineHarness:
         observers: Told of steps and ends.
         clock: Seconds; by default a ``FakeClock`` that each step moves by ``step_s``.
         step_s: How long a step takes on the fake clock.
+        tenants: Weights and reservations.
+        reader_limits: What a reader that does not read may cost.
     """
 
     def __init__(
@@ -74,6 +97,8 @@ class EngineHarness:
         observers: Sequence[Observer] = (),
         clock: Callable[[], float] | None = None,
         step_s: float = 0.01,
+        tenants: Sequence[TenantConfig] = (),
+        reader_limits: ReaderLimits | None = None,
     ) -> None:
         self.runtime = runtime or ScriptedRuntime()
         self.fake_clock = FakeClock()
@@ -88,6 +113,8 @@ class EngineHarness:
             cache or CacheConfig(),
             observers,
             self.clock,
+            Tenants(tenants),
+            reader_limits=reader_limits,
         )
 
     def submit(
@@ -130,8 +157,13 @@ class EngineHarness:
         """Abort a request, as its reader would."""
         self._deliver(lambda outbox: self.engine.abort(_as_stream(submitted), outbox))
 
+    def cancel(self, submitted: Submitted, error: Exception) -> None:
+        """End a request with an error, as ``DELETE /v1/requests/{id}`` does."""
+        self._deliver(lambda outbox: self.engine.cancel(_as_stream(submitted), error, outbox))
+
     def step(self) -> int:
         """One step; returns how many deltas came out of it."""
+        self._deliver(self.engine.look_after_readers)
         delivered = self._deliver(self.engine.step)
         self.fake_clock.advance(self.step_s)
         return delivered
@@ -141,7 +173,10 @@ class EngineHarness:
         outbox: Outbox = []
         action(outbox)
         for stream, delta in outbox:
-            cast(Any, stream).deltas.append(delta)
+            submitted = cast(Any, stream)
+            submitted.deltas.append(delta)
+            if submitted.reads:
+                submitted.num_read = submitted.num_sent
         return len(outbox)
 
     def run(self, max_steps: int = 10_000) -> int:
@@ -151,7 +186,7 @@ class EngineHarness:
             RuntimeError: It is still not done after ``max_steps``.
         """
         for steps in range(max_steps):
-            if not self.engine.has_work:
+            if not (self.engine.has_work or self.engine.scheduler.paused):
                 return steps
             self.step()
         raise RuntimeError(f"the engine still has work after {max_steps} steps")

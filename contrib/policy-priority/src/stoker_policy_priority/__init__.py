@@ -6,6 +6,7 @@ The reference third-party policy: one struct of options, one class, one hook.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 
@@ -23,16 +24,18 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         preempt_margin: Levels by which it must be more urgent: a lane that is lost costs a prefill.
     """
 
-    ageing_s: float = 10.0
+    ageing_s: Annotated[float, msgspec.Meta(gt=0)] = 10.0
     preempt: bool = True
-    preempt_margin: int = 1
+    preempt_margin: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class Priority(stoker.SchedulingPolicy):
     """Lowest (priority - time since arrival / ageing_s) first.
 
-    A running sequence ages too, from its arrival, so two requests keep their order once both are there:
-    one that has waited for long enough is not preempted by newcomers any more, however urgent.
+    A running sequence ages too, from its arrival, so two requests never change their order. Hence nothing
+    starves: only what arrives within (P - Q) * ageing_s seconds of a request of priority P gets ahead of
+    it, if Q is the most urgent priority there is. And nobody preempts in a circle: a lane only ever goes
+    to a request that stands higher in that order by the margin.
 
     Args:
         options: See ``Options``.
@@ -69,6 +72,11 @@ class Priority(stoker.SchedulingPolicy):
         limit = self._rank(candidate, context.now_s)[0] + self.options.preempt_margin
         order = self.preemption_order(running, context)
         return [view for view in order if self._rank(view, context.now_s)[0] >= limit]
+
+    def explain(self, admitted: stoker.SequenceView, context: stoker.PolicyContext) -> str:
+        """Its priority, and what waiting added."""
+        levels = (context.now_s - admitted.arrival_s) / self.options.ageing_s
+        return f"priority {admitted.priority}, raised by {levels:.1f} levels of waiting"
 
 
 @stoker.hookimpl

@@ -1,0 +1,180 @@
+"""From what the API hands over to what the engine executes: tokens, checks, deadlines. Executes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from stoker.errors import ContextLengthError, InvalidRequestError
+from stoker.types import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from stoker.chat_template import ChatTemplate
+    from stoker.config import AdmissionConfig
+    from stoker.engine.client import EngineClient
+    from stoker.interfaces import ServedModel
+
+__all__ = ["Call", "RoutedModel", "check_length", "encode_prompt", "make_request"]
+
+_OFF_THREAD_CHARS = 20_000  # tokenizing more than this would hold up the event loop
+
+
+class Call(msgspec.Struct, kw_only=True):
+    """What the API hands over: validated as far as that goes without knowing the model.
+
+    Attributes:
+        request_id: Unique.
+        model: The model that was asked for.
+        messages: A conversation; exactly one of ``messages`` and ``prompt`` is given.
+        prompt: Text or token ids to continue.
+        sampling: How to choose tokens.
+        n: How many sequences.
+        priority: Lower runs first; ``None`` if nobody asked for one.
+        timeout_s: Give up after so many seconds.
+        endpoint: ``"chat"`` or ``"completion"``.
+        headers: The HTTP headers, lower-case names, without secrets.
+        tenant: Who pays.
+        group: The id under which an API request of several calls can be asked for and cancelled; by
+            default ``request_id``.
+    """
+
+    request_id: str
+    model: str
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | list[int] | None = None
+    sampling: SamplingParams
+    n: int = 1
+    priority: int | None = None
+    timeout_s: float | None = None
+    endpoint: str = "completion"
+    headers: Mapping[str, str] = {}
+    tenant: str = "anonymous"
+    group: str = ""
+
+    @property
+    def prompt_field(self) -> str:
+        """The request field that the prompt came in, for error messages."""
+        return "prompt" if self.messages is None else "messages"
+
+
+@dataclass(slots=True)
+class RoutedModel:
+    """A served model and the ways into it.
+
+    Attributes:
+        served: What the API shows.
+        client: The engine's asyncio side.
+        template: Its chat template.
+        heartbeat_s: When the loop of its device last came round.
+    """
+
+    served: ServedModel
+    client: EngineClient
+    template: ChatTemplate
+    heartbeat_s: Callable[[], float]
+
+
+async def encode_prompt(routed: RoutedModel, call: Call) -> list[int]:
+    """The call's prompt as token ids."""
+    if call.messages is not None:
+        size = sum(len(str(message.get("content") or "")) for message in call.messages)
+        if size < _OFF_THREAD_CHARS:
+            return routed.template.encode(call.messages)
+        return await asyncio.to_thread(routed.template.encode, call.messages)
+    if isinstance(call.prompt, list):
+        return call.prompt
+    # A completion's prompt is the developer's own: who renders a template on the client's side
+    # means the control tokens in it. Text of others belongs into messages.
+    text = call.prompt or ""
+    encode = routed.client.tokenizer.encode
+    if len(text) < _OFF_THREAD_CHARS:
+        return encode(text, add_special=True, parse_special=True)
+    return await asyncio.to_thread(encode, text, add_special=True, parse_special=True)
+
+
+def make_request(
+    routed: RoutedModel,
+    call: Call,
+    prompt: list[int],
+    *,
+    priority: int,
+    now_s: float,
+    admission: AdmissionConfig,
+) -> Request:
+    """The request that a call stands for.
+
+    Args:
+        routed: Its model.
+        call: The call.
+        prompt: Its prompt's token ids.
+        priority: Lower runs first.
+        now_s: Its arrival.
+        admission: Timeouts.
+
+    Raises:
+        InvalidRequestError: The model cannot serve it.
+    """
+    _check_tokens(routed.client.info.vocab_size, call, prompt)
+    check_length(routed, call.sampling, len(prompt), call.prompt_field)
+    timeouts = [t for t in (call.timeout_s, admission.request_timeout_s) if t]
+    queue_timeout_s = admission.queue_timeout_s
+    return Request(
+        request_id=call.request_id,
+        model=routed.served.model_id,
+        prompt_token_ids=prompt,
+        sampling=call.sampling,
+        n=call.n,
+        priority=priority,
+        tenant=call.tenant,
+        arrival_s=now_s,
+        queue_deadline_s=now_s + queue_timeout_s if queue_timeout_s else None,
+        deadline_s=now_s + min(timeouts) if timeouts else None,
+        endpoint=call.endpoint,
+        headers=call.headers,
+        metadata={},
+        response_headers={},
+    )
+
+
+def _check_tokens(vocab_size: int, call: Call, prompt: Sequence[int]) -> None:
+    if not prompt:
+        raise InvalidRequestError(
+            "the prompt is empty; send at least one token", param=call.prompt_field
+        )
+    for token in prompt if isinstance(call.prompt, list) else ():
+        if not 0 <= token < vocab_size:
+            raise InvalidRequestError(
+                f"token id {token} is not in the vocabulary of {vocab_size} tokens",
+                param=call.prompt_field,
+            )
+    for token in call.sampling.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequestError(
+                f"logit_bias names token id {token}, which is not in the vocabulary of "
+                f"{vocab_size} tokens",
+                param="logit_bias",
+            )
+
+
+def check_length(
+    routed: RoutedModel, sampling: SamplingParams, num_prompt: int, field_name: str
+) -> None:
+    """Refuse what does not fit into the model's context.
+
+    Raises:
+        ContextLengthError: It does not fit.
+    """
+    limit = routed.client.max_total_tokens
+    wanted = sampling.max_tokens or 0
+    if num_prompt + max(wanted, 1) <= limit:
+        return
+    asked = f" and {wanted} tokens were requested" if wanted else ""
+    raise ContextLengthError(
+        f"this model's context holds {limit} tokens, but the prompt has {num_prompt}{asked}; "
+        "shorten the prompt or lower max_tokens",
+        param=field_name if num_prompt >= limit or not wanted else "max_tokens",
+    )

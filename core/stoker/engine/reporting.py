@@ -1,0 +1,132 @@
+"""Tells policies and observers what a step did, and learns from it what steps cost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from typing import TYPE_CHECKING
+
+from stoker.engine.plan import Plan
+from stoker.types import RequestRecord, ScheduledTokens, StepRecord
+
+if TYPE_CHECKING:
+    from stoker.engine.scheduler import Scheduler
+    from stoker.interfaces import Observer
+
+__all__ = ["Reporter"]
+
+logger = logging.getLogger("stoker.engine")
+
+_RATE_MEMORY = 0.9  # weight of the past in the running mean of tokens per second
+
+
+class Reporter:
+    """The records of one model; on the engine's thread.
+
+    Args:
+        scheduler: What is told of.
+        observers: Who is told, beside the policy.
+        clock: Monotonic seconds.
+
+    Attributes:
+        tokens_per_s: Tokens computed per second, lately.
+        num_observer_errors: How often an observer failed.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, observers: Rows[Observer], clock: Callable[[], float]
+    ) -> None:
+        self._scheduler = scheduler
+        self._observers = tuple(observers)
+        self._clock = clock
+        self.tokens_per_s = 0.0
+        self.num_observer_errors = 0
+        # What the last record told of totals that are kept elsewhere.
+        self._told_preemptions = 0
+        self._told_policy_s = 0.0
+
+    def describe(self, plan: Plan) -> Rows[ScheduledTokens]:
+        """What a plan computes for whom; nothing if nobody wants to know."""
+        if not self._is_wanted:
+            return ()
+        decodes = [sequence.scheduled(1) for sequence in plan.decodes]
+        return decodes + [sequence.scheduled(count) for sequence, count in plan.prefills]
+
+    @property
+    def _is_wanted(self) -> bool:
+        return bool(self._observers) or self._scheduler.policy.wants_records
+
+    def step(
+        self,
+        *,
+        plan_tokens: tuple[int, int],
+        started_s: float,
+        runtime_s: float,
+        num_generated: int,
+        gaps: Rows[float],
+        scheduled: Rows[ScheduledTokens],
+        num_runtime_errors: int,
+    ) -> None:
+        """A step ran.
+
+        Args:
+            plan_tokens: Prompt tokens and decodes of its plan.
+            started_s: When it began.
+            runtime_s: Seconds inside the runtime.
+            num_generated: Tokens sampled.
+            gaps: See ``StepRecord.token_gaps_s``.
+            scheduled: What ``describe`` said of its plan.
+            num_runtime_errors: How often the runtime failed so far.
+        """
+        scheduler = self._scheduler
+        duration_s = self._clock() - started_s
+        scheduler.costs.observe(*plan_tokens, duration_s)
+        rate = sum(plan_tokens) / max(duration_s, 1e-9)
+        past = self.tokens_per_s
+        self.tokens_per_s = rate if not past else past * _RATE_MEMORY + rate * (1 - _RATE_MEMORY)
+        if not self._is_wanted:
+            return
+        policy, lanes = scheduler.policy, scheduler.lanes
+        # Since the last record: a step in which everybody had to yield leaves none.
+        num_preemptions = scheduler.num_preemptions - self._told_preemptions
+        self._told_preemptions = scheduler.num_preemptions
+        policy_s, self._told_policy_s = policy.spent_s - self._told_policy_s, policy.spent_s
+        record = StepRecord(
+            model=scheduler.model,
+            started_s=started_s,
+            duration_s=duration_s,
+            runtime_s=runtime_s,
+            num_prefill_tokens=plan_tokens[0],
+            num_decode_tokens=plan_tokens[1],
+            num_generated_tokens=num_generated,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_preemptions=num_preemptions,
+            num_cache_queries=lanes.query_tokens,
+            num_cache_hits=lanes.hit_tokens,
+            num_policy_errors=policy.num_errors,
+            num_runtime_errors=num_runtime_errors,
+            token_gaps_s=gaps,
+            scheduled=scheduled,
+            num_recomputed_tokens=sum(item.recomputed for item in scheduled),
+            num_paused=len(scheduler.paused),
+            policy_s=policy_s,
+            num_slow_policy_calls=policy.num_slow_calls,
+            num_observer_errors=self.num_observer_errors,
+        )
+        policy.on_step(record)
+        self._tell(lambda observer: observer.on_step(record))
+
+    def finished(self, record: RequestRecord) -> None:
+        """A sequence ended."""
+        self._tell(lambda observer: observer.on_finish(record))
+
+    def _tell(self, what: Callable[[Observer], None]) -> None:
+        for observer in self._observers:
+            try:
+                what(observer)
+            except (Exception, SystemExit) as failure:  # noqa: BLE001 - a plugin may raise anything
+                self.num_observer_errors += 1
+                if self.num_observer_errors == 1 or self.num_observer_errors % 1000 == 0:
+                    logger.error("observer %s failed: %r", type(observer).__name__, failure)

@@ -1,0 +1,80 @@
+"""What a plugin implements, and the descriptors by which it is registered.
+
+Hooks (``stoker.hookspecs``) return descriptors once, at start; from then on the core calls the plain
+objects that the descriptors' factories build. Optional methods have bodies, so that a published plugin
+survives a new one; what a runtime cannot do is a field of its ``Capabilities``, never an exception.
+"""
+
+from __future__ import annotations
+
+from stoker.interfaces.descriptors import (
+    API_VERSION,
+    BackendInfo,
+    CommandInfo,
+    Descriptor,
+    MiddlewareInfo,
+    ModelSourceInfo,
+    ObserverInfo,
+    PolicyInfo,
+    RouteInfo,
+)
+from stoker.interfaces.policies import (
+    MAX_DEFERRED,
+    MAX_PASSED,
+    MAX_VIEWS,
+    PolicyContext,
+    SchedulingPolicy,
+    StepCost,
+    TenantShare,
+)
+from stoker.interfaces.runtimes import (
+    Backend,
+    Capabilities,
+    LoadSettings,
+    Runtime,
+    RuntimeInfo,
+    Tokenizer,
+)
+from stoker.interfaces.serving import (
+    EngineSnapshot,
+    LoadSnapshot,
+    Middleware,
+    ModelSource,
+    Observer,
+    ServedModel,
+    ServerContext,
+    TenantLoad,
+)
+
+__all__ = [
+    "API_VERSION",
+    "MAX_DEFERRED",
+    "MAX_PASSED",
+    "MAX_VIEWS",
+    "Backend",
+    "BackendInfo",
+    "Capabilities",
+    "CommandInfo",
+    "Descriptor",
+    "EngineSnapshot",
+    "LoadSettings",
+    "LoadSnapshot",
+    "Middleware",
+    "MiddlewareInfo",
+    "ModelSource",
+    "ModelSourceInfo",
+    "Observer",
+    "ObserverInfo",
+    "PolicyContext",
+    "PolicyInfo",
+    "RouteInfo",
+    "Runtime",
+    "RuntimeInfo",
+    "SchedulingPolicy",
+    "ServedModel",
+    "ServerContext",
+    "StepCost",
+    "TenantLoad",
+    "TenantShare",
+    "Tokenizer",
+]

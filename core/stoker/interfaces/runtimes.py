@@ -1,0 +1,190 @@
+"""What a backend implements: models that compute lanes and tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from stoker.types import LocalModel, StepInput, StepOutput
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Backend",
+    "Capabilities",
+    "LoadSettings",
+    "Runtime",
+    "RuntimeInfo",
+    "Tokenizer",
+]
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What a runtime can do beyond ``step``.
+
+    Attributes:
+        truncation: ``"any"``: ``truncate`` keeps any number of tokens. ``"reset"``: it may keep fewer
+            than asked, down to none (recurrent or sliding-window memory).
+        copy_prefix: ``copy_prefix`` works.
+        snapshot: ``snapshot`` and ``restore`` work.
+        embed: ``embed`` works.
+        lane_locality: Steps over neighbouring lanes are quicker than steps over scattered ones.
+    """
+
+    truncation: Literal["any", "reset"] = "any"
+    copy_prefix: bool = False
+    snapshot: bool = False
+    embed: bool = False
+    lane_locality: bool = False
+
+
+class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The fixed facts of a loaded model.
+
+    Attributes:
+        name: The model's own name or architecture, for people.
+        vocab_size: Columns of the logits.
+        context_length: Most tokens one lane can hold.
+        num_lanes: How many sequences can hold KV at once.
+        kv_capacity_tokens: Most tokens all lanes together can hold.
+        max_step_tokens: Most tokens of one ``StepInput``.
+        end_token_ids: Tokens that end a generation.
+        chat_template: The model's Jinja chat template; ``None`` if it has none.
+        bos_token: Text of the beginning-of-sequence token, for templates; may be empty.
+        eos_token: Text of the end-of-sequence token, for templates; may be empty.
+        device: Runtimes of one device are driven by one thread, in turn.
+        weights_bytes: Size of the weights in memory.
+        kv_bytes: Size of the KV memory.
+        capabilities: What it can do beyond ``step``.
+        settings: The effective settings, for the start-up block: ``{"threads": "2"}``.
+        warnings: What the user should know, in full sentences.
+    """
+
+    name: str
+    vocab_size: int
+    context_length: int
+    num_lanes: int
+    kv_capacity_tokens: int
+    max_step_tokens: int
+    end_token_ids: frozenset[int]
+    chat_template: str | None = None
+    bos_token: str = ""
+    eos_token: str = ""
+    device: str = "cpu"
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    capabilities: Capabilities = Capabilities()
+    settings: Mapping[str, str] = {}
+    warnings: Sequence[str] = ()
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back. Called from several threads: keep it free of shared state."""
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> Mapping[str, int]:
+        """Control tokens by their text (``"<|im_start|>" -> 1``): what user text must not become."""
+
+    @abstractmethod
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of ``text``.
+
+        Args:
+            text: Any text.
+            add_special: Add the tokens the model wants around a text (BOS, ...).
+            parse_special: Turn the text of control tokens into those tokens; if false it stays text.
+        """
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token adds to the output; empty for control tokens."""
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
+
+class Runtime(ABC):
+    """A loaded model that computes: lanes (one KV sequence each) and tokens, nothing else.
+
+    All methods but the tokenizer's are called from one thread.
+    """
+
+    info: RuntimeInfo
+    tokenizer: Tokenizer
+
+    @abstractmethod
+    def step(self, step: StepInput) -> StepOutput:
+        """Compute one ragged forward pass.
+
+        If the KV memory cannot hold it, answer ``no_room`` and change nothing. An exception means the
+        lanes of this step are in an unknown state; the core truncates them to what it knows and goes on.
+        """
+
+    @abstractmethod
+    def truncate(self, lane: int, num_tokens: int) -> int:
+        """Keep the first ``num_tokens`` tokens of a lane's KV and free the rest.
+
+        Returns:
+            How many were kept: ``num_tokens``, or fewer where ``truncation`` is ``"reset"``.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything. May be called twice."""
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Make the first ``num_tokens`` tokens of ``source``'s KV the whole of ``target``'s."""
+        raise TypeError(f"{self.info.name} has no capability copy_prefix")
+
+    def snapshot(self, lane: int) -> bytes:
+        """A lane's KV, to be kept in host memory."""
+        raise TypeError(f"{self.info.name} has no capability snapshot")
+
+    def restore(self, lane: int, snapshot: bytes) -> int:
+        """Put a snapshot's KV into a lane; returns its number of tokens."""
+        raise TypeError(f"{self.info.name} has no capability snapshot")
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[Any]:
+        """``float32[len(inputs), width]``, one vector for each token sequence."""
+        raise TypeError(f"{self.info.name} has no capability embed")
+
+
+class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How to load a model; ``None`` means: choose something sane and say so in ``RuntimeInfo.settings``.
+
+    Attributes:
+        lanes: How many sequences may hold KV at once.
+        context_length: Most tokens of one lane.
+        threads: Compute threads.
+        max_step_tokens: Most tokens the core will put into one step.
+        options: The backend's own options, an instance of ``BackendInfo.options``.
+    """
+
+    lanes: int | None = None
+    context_length: int | None = None
+    threads: int | None = None
+    max_step_tokens: int = 512
+    options: Any = None
+
+
+class Backend(ABC):
+    """Turns a model on disk into a ``Runtime``."""
+
+    @abstractmethod
+    def accepts(self, model: LocalModel) -> bool:
+        """Whether this backend can probably load it: a look at names and magic bytes, no more."""
+
+    @abstractmethod
+    def load(self, model: LocalModel, settings: LoadSettings) -> Runtime:
+        """Load it.
+
+        Raises:
+            ModelError: One clear line: truncated, of the wrong format, of an unknown architecture, ...
+            OutOfMemoryError: It does not fit.
+        """

@@ -1,0 +1,111 @@
+"""What the metrics say of preemptions, errors, refusals and tenants."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.exposition import generate_latest
+
+from stoker import DeadlineError, FinishReason, RequestRecord
+from stoker.testing import EngineHarness, ScriptedOptions, ScriptedRuntime
+from stoker.types import Preemption, SequenceTrace
+from stoker_plugins.fcfs import FirstComeFirstServed
+from stoker_plugins.metrics import Metrics
+
+
+def values(metrics: Metrics) -> dict[str, float]:
+    """Every sample by its name and labels, ``model_name`` left out."""
+    found = {}
+    for line in generate_latest(metrics.registry).decode().splitlines():
+        if not line.startswith("#"):
+            name, value = line.rsplit(" ", 1)
+            name = name.replace('model_name="m"', "").replace("{,", "{").replace(",}", "}")
+            found[name.replace("{}", "")] = float(value)
+    return found
+
+
+def record(
+    tenant: str = "t",
+    reason: FinishReason = FinishReason.STOP,
+    code: str | None = None,
+    preemptions: tuple[str, ...] = (),
+    num_preemptions: int = 0,
+) -> RequestRecord:
+    lost = [Preemption(after_s=1.0, reason=reason, lost_tokens=5) for reason in preemptions]
+    trace = SequenceTrace(
+        status="finished", queue_s=0.5, total_s=2.0, prompt_tokens=10, preemptions=lost
+    )
+    return RequestRecord(
+        request_id="r",
+        model="m",
+        tenant=tenant,
+        finish_reason=reason,
+        prompt_tokens=10,
+        cached_tokens=4,
+        completion_tokens=3,
+        queue_s=0.5,
+        time_to_first_token_s=None,
+        total_s=2.0,
+        num_preemptions=num_preemptions or len(preemptions),
+        error_code=code,
+        trace=trace,
+    )
+
+
+def test_preemptions_are_counted_by_reason() -> None:
+    metrics = Metrics()
+    metrics.on_finish(record(preemptions=("policy", "policy", "reader")))
+    metrics.on_finish(record(preemptions=("policy",), num_preemptions=20))
+    found = values(metrics)
+    name = "stoker_preemptions_by_reason_total"
+    assert found[f'{name}{{reason="policy"}}'] == 3
+    assert found[f'{name}{{reason="reader"}}'] == 1
+    assert found[f'{name}{{reason="unlisted"}}'] == 19
+
+
+def test_recomputed_tokens_and_reasons_come_from_the_engine() -> None:
+    """KV memory for 60 tokens cannot hold three sequences of 40: two give way, and go on."""
+    metrics = Metrics()
+    options = ScriptedOptions(kv_capacity_tokens=60)
+    runtime = ScriptedRuntime(lanes=3, context_length=60, options=options)
+    harness = EngineHarness(FirstComeFirstServed(), runtime=runtime, observers=[metrics])
+    for prompt in ("one", "two", "six"):
+        harness.submit(prompt * 3, max_tokens=30)
+    harness.run()
+    found = {name.replace('model_name="model"', ""): n for name, n in values(metrics).items()}
+    by_reason = [n for name, n in found.items() if name.startswith("stoker_preemptions_by_reason")]
+    assert sum(by_reason) > 0
+    assert found["stoker_num_preemptions_total{}"] == sum(by_reason)
+    assert found["stoker_recomputed_tokens_total{}"] > 0
+
+
+def test_errors_and_refusals_are_counted_by_code() -> None:
+    metrics = Metrics()
+    code = DeadlineError.default_code
+    for _ in range(2):
+        metrics.on_finish(record(reason=FinishReason.ERROR, code=code))
+    metrics.on_finish(record(reason=FinishReason.ERROR))
+    metrics.on_finish(record(reason=FinishReason.ABORT))
+    metrics.on_refuse("m", "t", "queue_full")
+    metrics.on_refuse("", "t", "model_not_found")
+    found = values(metrics)
+    assert found['stoker_request_errors_total{code="deadline_exceeded"}'] == 2
+    assert found['stoker_request_errors_total{code="internal_error"}'] == 1
+    assert found['stoker_request_success_total{finished_reason="error"}'] == 3
+    assert found['stoker_requests_refused_total{code="queue_full"}'] == 1
+    refused = [n for name, n in found.items() if "refused" in name and "model_not_found" in name]
+    assert refused == [1]
+
+
+def test_tenants_have_counters_of_their_own_as_long_as_there_are_few() -> None:
+    metrics = Metrics()
+    for i in range(150):
+        metrics.on_finish(record(f"tenant-{i}"))
+    metrics.on_finish(record("tenant-7"))
+    metrics.on_finish(record("tenant-149"))
+    found = values(metrics)
+    assert found['stoker_tenant_prompt_tokens_total{tenant="tenant-7"}'] == 20
+    assert found['stoker_tenant_generation_tokens_total{tenant="tenant-7"}'] == 6
+    assert found['stoker_tenant_queue_time_seconds_sum{tenant="tenant-7"}'] == pytest.approx(1.0)
+    assert found['stoker_tenant_generation_tokens_total{tenant="other"}'] == 51 * 3
+    labels = [name for name in found if name.startswith("stoker_tenant_prompt_tokens_total")]
+    assert len(labels) == 101
