@@ -62,3 +62,19 @@ def test_the_readmes_configuration_is_valid(tmp_path: Path) -> None:
     assert "a-secret-key" not in shown
     for setting in ("priority", "small", "./another.gguf", "ageing_s"):
         assert setting in shown
+
+
+def test_the_readmes_tenants_and_keys_work(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tenants,) = [text for text in blocks if "[[tenants]]" in text]
+    (tmp_path / "stoker.toml").write_text(tenants)
+    made = stoker(tmp_path, "keys", "new", "chat")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("sk-stoker-")
+    checked = stoker(tmp_path, "config", "--check")
+    assert checked.returncode == 0, checked.stderr
+    listed = json.loads(stoker(tmp_path, "keys", "list", "--json").stdout)
+    assert [key["tenant"] for key in listed] == ["chat"]
+    assert made.stdout.strip() not in (tmp_path / "stoker-keys.toml").read_text()
+    assert stoker(tmp_path, "keys", "revoke", listed[0]["id"]).returncode == 0
+    assert json.loads(stoker(tmp_path, "keys", "list", "--json").stdout) == []

@@ -146,11 +146,11 @@ def test_decodes_go_first_and_prefill_is_chunked_and_shared() -> None:
     harness.step()
     long = [harness.submit(f"{i}" * 200, max_tokens=4, tenant=f"long-{i}") for i in range(2)]
     harness.run()
-    mixed = [r for r in recorder.steps if r.num_prefill_tokens and r.num_decode_tokens == 3]
+    mixed = [r for r in recorder.steps if r.num_prefill_tokens and r.num_decode_tokens >= 3]
     assert len(mixed) >= 19  # 400 prompt tokens at 20 a step, but the first step
     assert all(r.num_prefill_tokens <= 20 for r in mixed)
     shared = [{s.tenant: s.prefill for s in r.scheduled if s.prefill} for r in mixed]
-    assert {"long-0": 10, "long-1": 10} in shared
+    assert {"long-0": 15, "long-1": 5} in shared, "half for the oldest, the rest in equal parts"
     assert all(stream.text() == truth(harness, stream) for stream in streams + long)
     # The streams got a token in every step in which the long prompts were computed.
     assert all(r.num_generated_tokens >= 3 for r in mixed)

@@ -275,7 +275,7 @@ class Scheduler:
             return
         shares = self.policy.prefill_shares(prefilling, budget, self.context)
         if shares is None:
-            shares = _even_shares(prefilling, budget)
+            shares = _default_shares(prefilling, budget)
         plan.prefills = [(s, shares[s.sequence_id]) for s in prefilling if shares[s.sequence_id]]
 
     def _affordable(self, num_decodes: int) -> int:
@@ -345,12 +345,20 @@ def _deadline(sequence: Sequence) -> float:
     return deadline
 
 
-def _even_shares(prefilling: Iterable[Sequence], budget: int) -> dict[int, int]:
-    """Equal parts of the budget; what a short prompt leaves goes to the longer ones."""
-    shares: dict[int, int] = {}
+def _default_shares(prefilling: Iterable[Sequence], budget: int) -> dict[int, int]:
+    """Half for the oldest prompt, the rest in equal parts; what a short one leaves goes to longer ones.
+
+    Equal parts alone would let a burst of long prompts all get their first token at its very end; one prompt
+    after the other would let a short one wait behind a long one.
+    """
     todo = sorted(prefilling, key=lambda s: s.num_pending)
+    oldest = min(todo, key=lambda s: (s.request.arrival_s, s.sequence_id))
+    head = min(oldest.num_pending, budget // 2)
+    shares = {oldest.sequence_id: head}
+    budget -= head
     for position, sequence in enumerate(todo):
-        part = min(sequence.num_pending, -(-budget // (len(todo) - position)))
-        shares[sequence.sequence_id] = part
+        had = shares.get(sequence.sequence_id, 0)
+        part = min(sequence.num_pending - had, -(-budget // (len(todo) - position)))
+        shares[sequence.sequence_id] = had + part
         budget -= part
     return shares

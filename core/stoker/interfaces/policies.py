@@ -133,7 +133,10 @@ class SchedulingPolicy(ABC):
     def prefill_shares(
         self, prefilling: Sequence[SequenceView], budget: int, context: PolicyContext
     ) -> Mapping[int, int] | None:
-        """Tokens of this step's prefill budget for each ``sequence_id``; ``None`` shares evenly."""
+        """Tokens of this step's prefill budget for each ``sequence_id``.
+
+        ``None`` gives half of it to the oldest prompt and shares the rest evenly.
+        """
         return None
 
     def admits(self, candidate: SequenceView, context: PolicyContext) -> bool:
