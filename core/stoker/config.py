@@ -109,7 +109,7 @@ class SchedulerConfig(Section, frozen=True, kw_only=True):
     policy: str = "fcfs"
     max_num_batched_tokens: int = 512
     max_prefill_tokens_while_decoding: int = 128
-    target_step_s: float = 0.25
+    target_step_s: float = 0.2
     lend_reserved: bool = True
 
 

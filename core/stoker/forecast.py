@@ -195,13 +195,11 @@ class _Play:
         self.max_prefill = max(1, snapshot.max_prefill_tokens)
         self.capacity: float = snapshot.kv_tokens_capacity or math.inf
         self._cost = cost
-        # Steps so far, and prompt tokens that each prefilling sequence got so far: every sequence keeps
-        # the mark at which it is done, so that an event touches only those it concerns.
+        # Steps so far: every sequence that decodes keeps the mark at which it is done.
         self._step = 0.0
-        self._prefilled = 0.0
-        self._pending = 0.0
         self._held = 0.0
         self.decoding: list[tuple[float, int, _Size]] = []
+        # Prompt tokens left, in order of their start.
         self.prefilling: list[tuple[float, int, _Size]] = []
         self._num_started = 0
 
@@ -217,9 +215,7 @@ class _Play:
         self._num_started += 1
         self._held += size.held
         if size.prompt:
-            self._pending += size.prompt
-            mark = self._prefilled + size.prompt
-            heapq.heappush(self.prefilling, (mark, self._num_started, size))
+            self.prefilling.append((size.prompt, self._num_started, size))
         else:
             mark = self._step + size.output
             heapq.heappush(self.decoding, (mark, self._num_started, size))
@@ -250,52 +246,65 @@ class _Play:
             if own in self._run():
                 return self.now_s - began_s
         steps = [mark - self._step for mark, number, _ in self.decoding if number == own]
-        for mark, number, _ in self.prefilling:
+        for left, number, _ in self.prefilling:
             if number == own:
                 share = self.max_prefill / len(self.prefilling)
-                steps.append((mark - self._prefilled) / share + size.output)
+                steps.append(left / share + size.output)
         elapsed_s = self.now_s - began_s
         return elapsed_s + sum(steps) * elapsed_s / (self._step - began)
 
     def _run(self) -> list[int]:
         """Run whole steps until something ends; returns the numbers of the sequences that are done."""
         decoding, prefilling = self.decoding, self.prefilling
-        steps, share = math.inf, 0.0
+        pending = sum(left for left, _, _ in prefilling)
+        steps = math.inf
         if prefilling:
-            if self._pending <= self.max_prefill:
-                steps, share = 1.0, max(prefilling)[0] - self._prefilled
-            else:
-                # Each gets the same part of a step's prompt tokens, as the scheduler shares them.
-                share = self.max_prefill / len(prefilling)
-                steps = math.ceil((prefilling[0][0] - self._prefilled) / share)
+            # Half of a step's prompt tokens are the oldest's, half are for who is done the soonest.
+            soonest = min(left for left, _, _ in prefilling)
+            rate = self.max_prefill / (1 if prefilling[0][0] == soonest else 2)
+            steps = math.ceil(min(soonest, prefilling[0][0]) / rate)
         if decoding:
             steps = min(steps, math.ceil(decoding[0][0] - self._step))
         steps = max(1.0, steps)
-        tokens = min(self._pending, steps * self.max_prefill)
+        tokens = min(pending, steps * self.max_prefill)
         cost = self._cost
         self.now_s += steps * (cost.base_s + cost.decode_s * len(decoding))
         self.now_s += cost.prefill_s * tokens
         self._step += steps
         self._held += steps * len(decoding)
-        self._pending -= tokens
-        self._prefilled += steps * share
-        return self._take_out()
+        return self._take_out(self._prefill(tokens))
 
-    def _take_out(self) -> list[int]:
-        """Move on what has reached its mark; returns the numbers of the sequences that are done."""
-        decoding, prefilling = self.decoding, self.prefilling
+    def _prefill(self, tokens: float) -> list[tuple[int, _Size]]:
+        """Compute prompt tokens as the scheduler shares them; returns the prompts that are done."""
+        if not self.prefilling:
+            return []
+        left = {number: rest for rest, number, _ in self.prefilling}
+        oldest = self.prefilling[0][1]
+        part = min(left[oldest], tokens / 2)
+        left[oldest] -= part
+        tokens -= part
+        for number in sorted(left, key=left.__getitem__):
+            part = min(left[number], tokens)
+            left[number] -= part
+            tokens -= part
+        done = [(n, size) for _, n, size in self.prefilling if left[n] <= _ROUNDING]
+        self.prefilling = [
+            (left[n], n, size) for _, n, size in self.prefilling if left[n] > _ROUNDING
+        ]
+        return done
+
+    def _take_out(self, prefilled: list[tuple[int, _Size]]) -> list[int]:
+        """Move on what has reached its end; returns the numbers of the sequences that are done."""
+        decoding = self.decoding
         done: list[tuple[int, _Size]] = []
         while decoding and decoding[0][0] <= self._step + _ROUNDING:
             done.append(heapq.heappop(decoding)[1:])
-        while prefilling and prefilling[0][0] <= self._prefilled + _ROUNDING:
-            _, number, size = heapq.heappop(prefilling)
+        for number, size in prefilled:
             # The step that ends a prompt samples the first token of its answer.
             if size.output > 1:
                 heapq.heappush(decoding, (self._step + size.output - 1, number, size))
             else:
                 done.append((number, size))
-        if not prefilling:
-            self._pending = 0.0
         for _, size in done:
             self._held = max(0.0, self._held - size.held - size.output)
         return [number for number, _ in done]

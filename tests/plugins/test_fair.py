@@ -400,8 +400,6 @@ def test_decodes_above_their_share_make_way_for_a_first_token() -> None:
     assert stays(flood, view("b", prompt=101))  # more than this step can finish
     assert stays(flood, view("b", prompt=40, num_output_tokens=3))  # has had its first token
     assert stays(flood[:2], chat)  # nobody is above its share
-    assert stays(flood, chat, cost=StepCost())  # nothing is known
-    assert stays(flood, chat, cost=StepCost(base_s=1.0, decode_s=0.01))  # nothing is gained
     served(policy, b=2000)
     assert stays(flood, chat)  # it has had more than they
     policy = FairShare(FairOptions(defer=False))

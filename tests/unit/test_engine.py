@@ -150,7 +150,7 @@ def test_decodes_go_first_and_prefill_is_chunked_and_shared() -> None:
     assert len(mixed) >= 19  # 400 prompt tokens at 20 a step, but the first step
     assert all(r.num_prefill_tokens <= 20 for r in mixed)
     shared = [{s.tenant: s.prefill for s in r.scheduled if s.prefill} for r in mixed]
-    assert {"long-0": 15, "long-1": 5} in shared, "half for the oldest, the rest in equal parts"
+    assert shared[0] == {"long-0": 20}, "it is the oldest, and no other is done sooner"
     assert all(stream.text() == truth(harness, stream) for stream in streams + long)
     # The streams got a token in every step in which the long prompts were computed.
     assert all(r.num_generated_tokens >= 3 for r in mixed)
@@ -350,6 +350,24 @@ def test_a_policy_is_told_what_every_step_cost_whom() -> None:
     harness.run()
     # The first token of each comes out of its prefill.
     assert policy.spent == {"one": [30, 4], "two": [10, 8]}
+
+
+def test_half_of_a_steps_prompt_tokens_are_the_oldests_and_half_go_to_who_is_done_soonest() -> None:
+    recorder = Recorder()
+    harness = EngineHarness(
+        FirstComeFirstServed(),
+        runtime=ScriptedRuntime(lanes=8, context_length=1000),
+        scheduler=SchedulerConfig(max_num_batched_tokens=40),
+        observers=[recorder],
+    )
+    for name, length in (("old", 500), ("long", 400), ("short", 30)):
+        harness.submit("x" * length, max_tokens=2, tenant=name)
+    harness.run()
+    steps = [{s.tenant: s.prefill for s in r.scheduled if s.prefill} for r in recorder.steps]
+    assert steps[0] == {"old": 20, "short": 20}
+    assert steps[1] == {"old": 20, "short": 10, "long": 10}
+    assert sum(step.get("old", 0) for step in steps) == 500
+    assert {"old": 20, "long": 20} in steps or {"old": 20, "long": 19} in steps
 
 
 @pytest.mark.parametrize(

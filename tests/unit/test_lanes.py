@@ -24,9 +24,13 @@ def sequence(tokens: list[int], computed: int = 0) -> Sequence:
     return made
 
 
-def pool(lanes: int = 4, *, locality: bool = False, **options: object) -> LanePool:
+def pool(
+    lanes: int = 4, *, locality: bool = False, copies: bool = True, **options: object
+) -> LanePool:
     runtime = ScriptedRuntime(lanes=lanes, context_length=2000, options=ScriptedOptions(**options))  # type: ignore[arg-type]
-    can = msgspec.structs.replace(runtime.info.capabilities, lane_locality=locality)
+    can = msgspec.structs.replace(
+        runtime.info.capabilities, lane_locality=locality, copy_prefix=copies
+    )
     runtime.info = msgspec.structs.replace(runtime.info, capabilities=can)
     return LanePool(runtime)
 
@@ -146,3 +150,47 @@ def test_illegal_transitions_are_refused() -> None:
     for status in SequenceStatus:
         with pytest.raises(RuntimeError, match="illegal transition"):
             made.move_to(status)
+
+
+def test_a_longer_prefix_is_copied_from_a_busy_lane() -> None:
+    lanes = pool(3)
+    common = list(range(100))
+    owner = run(lanes, [*common, 1, 2, 3])
+    visit(lanes, [*common[:10], 7])
+    newcomer = sequence([*common, 8, 9])
+    lanes.acquire(newcomer)
+    assert (newcomer.num_computed, newcomer.num_cached) == (100, 100)
+    assert newcomer.lane != owner.lane
+    assert lanes._runtime._lengths[newcomer.lane] == 100  # type: ignore[attr-defined]
+    # The last token is computed even if all of it could be copied: its logits are needed.
+    again = sequence(common[:50])
+    lanes.acquire(again)
+    assert again.num_computed == 49
+
+
+def test_a_few_tokens_of_a_long_lane_are_not_worth_a_copy() -> None:
+    lanes = pool(2)
+    run(lanes, [*range(12), *range(100, 200)])
+    short = sequence([*range(12), 5, 6])
+    lanes.acquire(short)
+    assert short.num_computed == 0
+    lanes = pool(2, copies=False)
+    run(lanes, list(range(100)))
+    unable = sequence([*range(100), 5])
+    lanes.acquire(unable)
+    assert unable.num_computed == 0
+
+
+def test_a_copy_that_fails_costs_only_its_time() -> None:
+    lanes = pool(2)
+    run(lanes, list(range(100)))
+
+    def fail(source: int, target: int, num_tokens: int) -> None:
+        raise RuntimeError("no")
+
+    lanes._runtime.copy_prefix = fail  # type: ignore[method-assign]
+    newcomer = sequence([*range(100), 5])
+    lanes.acquire(newcomer)
+    assert newcomer.num_computed == 0
+    assert lanes.num_errors == 1
+    assert lanes.num_free == 0

@@ -1,7 +1,7 @@
 """Which lane holds whose KV. A lane that falls idle keeps its KV until somebody needs the room.
 
 The next request takes over the idle lane whose tokens agree with its own prompt the longest, unless that
-would throw away much more than it saves.
+would throw away much more than it saves. If a busy lane agrees with it for longer, that prefix is copied.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ _LOSS = 0.1
 # What each lane between a newcomer and the busy lanes costs, and the most that distance may cost, in
 # tokens of prefill: a scattered batch is computed in pieces for as long as the newcomer generates.
 _GAP_TOKENS = 16
+# Fewer tokens are not copied from a busy lane, nor fewer than this part of what that lane holds: runtimes
+# that cannot share KV copy all of it.
+_MIN_COPIED = 16
+_COPY_COST = 0.01
 _MAX_GAP_TOKENS = 64
 
 
@@ -50,12 +54,13 @@ class LanePool:
         prefix_reuse: Whether idle lanes keep their KV for later requests.
 
     Attributes:
-        num_errors: How often the runtime failed to free KV.
+        num_errors: How often the runtime failed to free or copy KV.
     """
 
     def __init__(self, runtime: Runtime, *, prefix_reuse: bool = True) -> None:
         self._runtime = runtime
         self._prefix_reuse = prefix_reuse
+        self._copies = prefix_reuse and runtime.info.capabilities.copy_prefix
         self._lane_locality = runtime.info.capabilities.lane_locality
         self.num_lanes = runtime.info.num_lanes
         self.capacity_tokens = runtime.info.kv_capacity_tokens
@@ -102,6 +107,8 @@ class LanePool:
             lane, shared = self._best_lane(tokens)
             # The last token must be computed even if its KV is there: its logits are not.
             kept = self._truncate(lane, min(shared, sequence.num_tokens - 1))
+            if kept is not None:
+                kept = self._copy_longer(lane, kept, tokens)
         del self._idle[lane]
         self._retained[lane] = _EMPTY
         self._owner[lane] = sequence
@@ -137,6 +144,31 @@ class LanePool:
             if (worth, -lane) > (best[0], -best[1]):
                 best = (worth, lane, shared)
         return best[1], best[2]
+
+    def _copy_longer(self, lane: int, kept: int, tokens: NDArray[np.int32]) -> int | None:
+        """Copy a longer prefix from a busy lane, if there is one and that is worth while.
+
+        Returns:
+            Tokens that the lane holds now; ``None`` if the runtime failed and the lane cannot be used.
+        """
+        if not self._copies:
+            return kept
+        best = (0, 0, NO_LANE)
+        for source, owner in enumerate(self._owner):
+            if owner is not None:
+                shared = common_prefix(owner.tokens[: owner.num_computed], tokens[:-1])
+                best = max(best, (shared, -owner.num_computed, source))
+        shared, minus_length, source = best
+        if shared - kept < max(_MIN_COPIED, -minus_length * _COPY_COST):
+            return kept
+        try:
+            self._runtime.copy_prefix(source, lane, shared)
+        except Exception:
+            # A copy only saves time: the lane is made empty, and what it held is computed again.
+            self.num_errors += 1
+            logger.exception("the runtime failed to copy %d tokens of lane %d", shared, source)
+            return self._truncate(lane, 0)
+        return shared
 
     def release(self, sequence: Sequence) -> None:
         """Take the lane from a sequence; its computed KV stays for reuse."""

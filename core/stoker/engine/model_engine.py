@@ -134,7 +134,7 @@ class ModelEngine:
             cost=scheduler.costs.cost,
             output_ratio=self._outputs.ratio,
             mean_output_tokens=self._outputs.mean_tokens,
-            max_prefill_tokens=scheduler.prefill_limit,
+            max_prefill_tokens=scheduler.prefill_budget(len(running), is_mixed=bool(running)),
             kv_tokens_capacity=scheduler.lanes.capacity_tokens,
             prompt_ratio=self._outputs.prompt_ratio,
         )

@@ -266,17 +266,44 @@ class Scheduler:
         return selected
 
     def _share_prefill(self, plan: Plan, prefilling: list[Sequence], num_decoding: int) -> None:
-        budget = self.token_budget - len(plan.decodes)
-        if num_decoding:
-            budget = min(budget, self.prefill_limit)
-        if self.target_step_s:
-            budget = min(budget, self._affordable(len(plan.decodes)))
+        budget = self.prefill_budget(len(plan.decodes), is_mixed=num_decoding > 0)
         if budget <= 0:
             return
-        shares = self.policy.prefill_shares(prefilling, budget, self.context)
-        if shares is None:
-            shares = _default_shares(prefilling, budget)
+        chosen = self.policy.prefill_shares(prefilling, budget, self.context)
+        shares = _default_shares(prefilling, budget) if chosen is None else dict(chosen)
+        if self.target_step_s:
+            self._finish_short(shares, prefilling, plan, is_mixed=num_decoding > 0)
         plan.prefills = [(s, shares[s.sequence_id]) for s in prefilling if shares[s.sequence_id]]
+
+    def _finish_short(
+        self, shares: dict[int, int], prefilling: list[Sequence], plan: Plan, *, is_mixed: bool
+    ) -> None:
+        """Let a prompt end in this step of which only a little would be left for another one.
+
+        A step may take half as long again for that: the rest would cost a whole step, and its first token.
+        """
+        used = sum(shares.values())
+        limit = self.token_budget - len(plan.decodes)
+        if is_mixed:
+            limit = min(limit, self.prefill_limit)
+        room = min(limit - used, used // 2)
+        for sequence in sorted(prefilling, key=lambda s: s.num_pending - shares[s.sequence_id]):
+            rest = sequence.num_pending - shares[sequence.sequence_id]
+            if rest and shares[sequence.sequence_id] and rest <= room:
+                shares[sequence.sequence_id] += rest
+                room -= rest
+
+    def prefill_budget(self, num_decodes: int, *, is_mixed: bool) -> int:
+        """Most prompt tokens of a step with so many decodes.
+
+        Args:
+            num_decodes: Decodes of the step.
+            is_mixed: Whether anything decodes that a long step would hold up, in this step or not.
+        """
+        budget = self.token_budget - num_decodes
+        if is_mixed:
+            budget = min(budget, self.prefill_limit)
+        return min(budget, self._affordable(num_decodes)) if self.target_step_s else budget
 
     def _affordable(self, num_decodes: int) -> int:
         """Prompt tokens that make a step with so many decodes take about as long as it should."""
@@ -346,19 +373,18 @@ def _deadline(sequence: Sequence) -> float:
 
 
 def _default_shares(prefilling: Iterable[Sequence], budget: int) -> dict[int, int]:
-    """Half for the oldest prompt, the rest in equal parts; what a short one leaves goes to longer ones.
+    """Half for the oldest prompt, the rest for those that are done the soonest, one after the other.
 
-    Equal parts alone would let a burst of long prompts all get their first token at its very end; one prompt
-    after the other would let a short one wait behind a long one.
+    So a short prompt does not wait behind a long one, none starves, and a step has few pieces: many small
+    ones would cost a runtime that computes lanes in groups several passes.
     """
-    todo = sorted(prefilling, key=lambda s: s.num_pending)
+    todo = sorted(prefilling, key=lambda s: (s.num_pending, s.request.arrival_s, s.sequence_id))
     oldest = min(todo, key=lambda s: (s.request.arrival_s, s.sequence_id))
-    head = min(oldest.num_pending, budget // 2)
-    shares = {oldest.sequence_id: head}
-    budget -= head
-    for position, sequence in enumerate(todo):
-        had = shares.get(sequence.sequence_id, 0)
-        part = min(sequence.num_pending - had, -(-budget // (len(todo) - position)))
-        shares[sequence.sequence_id] = had + part
+    shares = dict.fromkeys((s.sequence_id for s in todo), 0)
+    shares[oldest.sequence_id] = min(oldest.num_pending, budget - budget // 2)
+    budget -= shares[oldest.sequence_id]
+    for sequence in todo:
+        part = min(sequence.num_pending - shares[sequence.sequence_id], budget)
+        shares[sequence.sequence_id] += part
         budget -= part
     return shares

@@ -135,7 +135,7 @@ class SchedulingPolicy(ABC):
     ) -> Mapping[int, int] | None:
         """Tokens of this step's prefill budget for each ``sequence_id``.
 
-        ``None`` gives half of it to the oldest prompt and shares the rest evenly.
+        ``None`` gives half of it to the oldest prompt and the rest to those that are done the soonest.
         """
         return None
 

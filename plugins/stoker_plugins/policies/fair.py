@@ -41,7 +41,6 @@ from stoker_plugins.policies.views import by_arrival, pending
 __all__ = ["FairShare"]
 
 _SOON = 4  # steps within which a prompt that was begun is finished before others get their turn
-_MATTERS = 0.1  # share of a step below which leaving out its decodes is not worth while
 
 
 class FairShare(SchedulingPolicy):
@@ -233,9 +232,7 @@ class FairShare(SchedulingPolicy):
             for view in decoding
             if not _is_above(view.tenant, shares, context) or self._work[view.tenant] < least
         ]
-        saved_s = context.cost.decode_s * (len(decoding) - len(kept))
-        step_s = context.cost.step_s(min(map(pending, firsts)), len(decoding))
-        return kept if saved_s > _MATTERS * step_s else None
+        return kept if len(kept) < len(decoding) else None
 
     def _charge_so_far(self, view: SequenceView) -> float:
         """What the computed part of its prompt has added to its tenant's counter, at most."""
