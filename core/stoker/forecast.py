@@ -69,6 +69,7 @@ class Forecast:
         for view in snapshot.running:
             self._play.start(self._rest(view))
         self._times: list[float] = []  # of the positions played so far
+        self._elapsed_s = _sane(snapshot.elapsed_s)
 
     @property
     def is_known(self) -> bool:
@@ -84,6 +85,10 @@ class Forecast:
         """
         if not self.is_known:
             return 0.0
+        return max(0.0, self._admitted_s(position) - self._elapsed_s)
+
+    def _admitted_s(self, position: int | None) -> float:
+        """Seconds from the beginning of the step that runs now."""
         at = len(self._whole_queue()) if position is None else max(0, position)
         last = min(at, self._num_played - 1)
         while len(self._times) <= last:
@@ -107,11 +112,12 @@ class Forecast:
         """
         if not self.is_known:
             return 0.0
-        starts = self.time_to_admit()
+        starts = self._admitted_s(None)
         size = self._make(num_prompt_tokens, max_tokens)
         # The lane that fell free last is now its own. A queue now means a queue then: others follow.
         company = self._usual if self._queue else None
-        return starts + self._play.branch().service_s(size, company)
+        ends = starts + self._play.branch().service_s(size, company)
+        return max(0.0, ends - self._elapsed_s)
 
     # ------------------------------------------------------------------ sizes
 

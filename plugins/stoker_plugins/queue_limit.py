@@ -146,7 +146,8 @@ class QueueLimit(Middleware):
                     break
                 excess -= each * request.n
             position += request.n
-        return max(outlook.forecast.time_to_admit(max(0, position - 1)), _MIN_WAIT_S)
+        wait_s = outlook.forecast.time_to_admit(max(0, position - 1))
+        return max(wait_s - (self._clock() - outlook.taken_s), _MIN_WAIT_S)
 
 
 def _tokens(request: Request) -> int:

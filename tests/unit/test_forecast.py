@@ -301,3 +301,25 @@ def test_what_need_not_be_computed_takes_no_time() -> None:
         100, 1
     )
     assert tenth == pytest.approx(whole / 10)
+
+
+def test_what_has_run_of_a_step_is_not_waited_for_again() -> None:
+    """A snapshot in the middle of a step shows what was before it."""
+    runtime = ScriptedRuntime(lanes=1, context_length=2000)
+    harness = EngineHarness(FirstComeFirstServed(), runtime=runtime, step_s=0.0)
+    told: list[tuple[float, float]] = []
+
+    def compute(step: object) -> None:
+        harness.fake_clock.advance(0.3)
+        forecast = Forecast(harness.engine.snapshot())
+        told.append((harness.clock(), forecast.time_to_admit(0)))
+        harness.fake_clock.advance(0.7)
+
+    runtime.before_step = compute
+    harness.submit("runs", max_tokens=20)
+    harness.step()
+    waits = harness.submit("waits", max_tokens=2)
+    harness.run()
+    admitted_s = waits.request.arrival_s + waits.traces()[0].queue_s
+    for now_s, wait_s in told[5:20]:
+        assert wait_s == pytest.approx(admitted_s - now_s, abs=0.05)

@@ -91,6 +91,7 @@ class ModelEngine:
         self._token_text = TokenText(runtime.tokenizer.token_bytes)
         self._sequences: dict[RequestStream, list[Sequence]] = {}
         self._num_failures = 0
+        self._step_started_s: float | None = None
 
     # ------------------------------------------------------------------ in and out
 
@@ -124,10 +125,11 @@ class ModelEngine:
     def snapshot(self) -> EngineSnapshot:
         """What the model is doing, in detail; from any thread."""
         scheduler = self.scheduler
+        now_s, started_s = self.clock(), self._step_started_s
         # One call in C: no other thread can change the dict in the middle of it.
         running = list(scheduler.running.values())
         return EngineSnapshot(
-            now_s=self.clock(),
+            now_s=now_s,
             num_lanes=scheduler.lanes.num_lanes,
             waiting=self._waiting.requests(),
             running=[sequence.snapshot() for sequence in running],
@@ -137,6 +139,7 @@ class ModelEngine:
             max_prefill_tokens=scheduler.prefill_budget(len(running), is_mixed=bool(running)),
             kv_tokens_capacity=scheduler.lanes.capacity_tokens,
             prompt_ratio=self._outputs.prompt_ratio,
+            elapsed_s=0.0 if started_s is None else max(0.0, now_s - started_s),
         )
 
     def submit(self, stream: RequestStream) -> None:
@@ -226,7 +229,9 @@ class ModelEngine:
         gaps: list[float] = []
         before = len(outbox)
         plan_tokens = (plan.num_prefill_tokens, len(plan.decodes))
+        self._step_started_s = started_s
         runtime_s = self._compute(plan, gaps, outbox)
+        self._step_started_s = None
         self._readers.pause_slow()
         self._reporter.step(
             plan_tokens=plan_tokens,

@@ -78,6 +78,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         prompt_ratio: Prompt tokens computed / prompt tokens, of the requests that ended lately: what the
             reuse of prefixes leaves to do.
         kv_tokens_capacity: KV tokens the runtime can hold; 0 if that limits nothing.
+        elapsed_s: For how long the step that runs now has run; what it computes is not in the views yet.
     """
 
     now_s: float
@@ -90,6 +91,7 @@ class EngineSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     max_prefill_tokens: int
     prompt_ratio: float = 1.0
     kv_tokens_capacity: int = 0
+    elapsed_s: float = 0.0
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
