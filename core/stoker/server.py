@@ -184,6 +184,7 @@ class Server(ServerContext):
         logger.info("loaded %s in %.1f s", local.path.name, self.clock() - started_s)
         for warning in runtime.info.warnings:
             logger.warning("%s", warning)
+        self._check_reservations(runtime.info.num_lanes)
         served = ServedModel(
             model_id=model.id or local.model_id,
             reference=model.model,
@@ -220,6 +221,19 @@ class Server(ServerContext):
         return RoutedModel(
             served, EngineClient(engine, loop), template, heartbeat_s=lambda: loop.heartbeat_s
         )
+
+    def _check_reservations(self, num_lanes: int) -> None:
+        """Refuse reservations that would leave nobody else a lane, ever."""
+        reserved = sum(tenant.reserved_lanes for tenant in self.config.tenants)
+        if reserved < num_lanes:
+            return
+        what = f"tenants: {reserved} lanes are reserved of a model that has {num_lanes}"
+        if not self.config.scheduler.lend_reserved:
+            raise ConfigError(
+                f"{what}, and with scheduler.lend_reserved = false no other tenant would ever get one; "
+                "reserve fewer, or give the model more lanes"
+            )
+        logger.warning("%s; the others live on what these leave idle", what)
 
     def _backend_for(self, model: ModelConfig, local: LocalModel) -> BackendInfo:
         """The backend that is named, or the first that accepts the model."""

@@ -81,6 +81,9 @@ class Metrics(Observer):
         self.cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up.")
         self.cache_hits = counter("prefix_cache_hits", "Prompt tokens found.")
         self.policy_errors = counter("policy_errors", "Failures of the scheduling policy.")
+        self.slow_policy_calls = counter("slow_policy_calls", "Policy calls of over 50 ms.")
+        self.policy_seconds = counter("policy_seconds", "Time spent in the policy.")
+        self.observer_errors = counter("observer_errors", "Failures of observers.")
         self.runtime_errors = counter("runtime_errors", "Steps that the runtime failed.")
         self.finished = counter("request_success", "Sequences ended.", ("finished_reason",))
         self.errors = counter(
@@ -168,12 +171,15 @@ class _ModelMetrics:
         self._step_time = metrics.step_time.labels(model)
         self._runtime_time = metrics.runtime_time.labels(model)
         self._batch_tokens = metrics.batch_tokens.labels(model)
+        self._policy_seconds = metrics.policy_seconds.labels(model)
         # Counters that the engine keeps since its start: the metric follows by the difference.
         self._running_totals = {
             "num_cache_queries": metrics.cache_queries.labels(model),
             "num_cache_hits": metrics.cache_hits.labels(model),
             "num_policy_errors": metrics.policy_errors.labels(model),
             "num_runtime_errors": metrics.runtime_errors.labels(model),
+            "num_slow_policy_calls": metrics.slow_policy_calls.labels(model),
+            "num_observer_errors": metrics.observer_errors.labels(model),
         }
         self._seen = dict.fromkeys(self._running_totals, 0)
 
@@ -192,6 +198,7 @@ class _ModelMetrics:
         self._step_time.observe(record.duration_s)
         self._runtime_time.observe(record.runtime_s)
         self._batch_tokens.observe(record.num_prefill_tokens + record.num_decode_tokens)
+        self._policy_seconds.inc(record.policy_s)
         for gap in record.token_gaps_s:
             self._itl.observe(gap)
 

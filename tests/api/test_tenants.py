@@ -13,10 +13,19 @@ import pytest
 from litestar import get
 
 from stoker.api.auth import KeyRing
-from stoker.config import Config, LoggingConfig, ServerConfig, TenantConfig
+from stoker.config import (
+    Config,
+    LoggingConfig,
+    ModelConfig,
+    SchedulerConfig,
+    ServerConfig,
+    TenantConfig,
+)
+from stoker.discovery import load_plugins
 from stoker.errors import ConfigError
 from stoker.keys import digest_of
 from stoker.logs import CURRENT_REQUEST, setup_logging
+from stoker.server import build_server
 
 if TYPE_CHECKING:
     from conftest import Running
@@ -215,3 +224,24 @@ def test_the_access_log_names_the_tenant_unless_it_is_nobody(
     assert sorted(seen, key=str) == [(200, "b"), (200, None), (401, None)]
     assert " tenant=b" in next(line["message"] for line in access if line.get("tenant"))
     assert "sk-of-b" not in written
+
+
+def test_reservations_that_leave_nobody_else_a_lane_are_refused_at_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def build(*, lends: bool) -> None:
+        config = Config(
+            models=[ModelConfig(model="scripted:x", lanes=2)],
+            tenants=[
+                TenantConfig(name="a", reserved_lanes=1),
+                TenantConfig(name="b", reserved_lanes=1),
+            ],
+            scheduler=SchedulerConfig(lend_reserved=lends),
+        )
+        build_server(config, load_plugins(only=[])).stop()
+
+    with pytest.raises(ConfigError, match="2 lanes are reserved of a model that has 2"):
+        build(lends=False)
+    with caplog.at_level(logging.WARNING, logger="stoker.server"):
+        build(lends=True)
+    assert "2 lanes are reserved" in caplog.text

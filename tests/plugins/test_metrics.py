@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import pytest
 from prometheus_client.exposition import generate_latest
 
-from stoker import DeadlineError, FinishReason, RequestRecord
+from stoker import (
+    DeadlineError,
+    FinishReason,
+    Observer,
+    PolicyContext,
+    RequestRecord,
+    SequenceView,
+    StepRecord,
+)
 from stoker.testing import EngineHarness, ScriptedOptions, ScriptedRuntime
 from stoker.types import Preemption, SequenceTrace
 from stoker_plugins.fcfs import FirstComeFirstServed
@@ -109,3 +120,27 @@ def test_tenants_have_counters_of_their_own_as_long_as_there_are_few() -> None:
     assert found['stoker_tenant_generation_tokens_total{tenant="other"}'] == 51 * 3
     labels = [name for name in found if name.startswith("stoker_tenant_prompt_tokens_total")]
     assert len(labels) == 101
+
+
+def test_slow_policies_and_failing_observers_are_counted() -> None:
+    class Broken(Observer):
+        def on_step(self, record: StepRecord) -> None:
+            raise RuntimeError("no")
+
+    class Slow(FirstComeFirstServed):
+        def admission_order(
+            self, waiting: Sequence[SequenceView], context: PolicyContext
+        ) -> Sequence[SequenceView]:
+            time.sleep(0.06)
+            return super().admission_order(waiting, context)
+
+    metrics = Metrics()
+    harness = EngineHarness(Slow(), observers=[metrics, Broken()], clock=time.monotonic)
+    harness.submit("a", max_tokens=3)
+    harness.run()
+    found = {name.replace('model_name="model"', ""): v for name, v in values(metrics).items()}
+    assert found["stoker_slow_policy_calls_total{}"] == 1
+    assert found["stoker_policy_seconds_total{}"] >= 0.06
+    assert (
+        found["stoker_observer_errors_total{}"] == 2
+    )  # the last step's failure comes with the next

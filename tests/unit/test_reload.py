@@ -20,6 +20,9 @@ from stoker.keys import add_key, digest_of, revoke_key
 from stoker.reload import Reloader, needs_restart
 from stoker.settings import load_config
 
+pytestmark = pytest.mark.slow  # it waits for files to be looked at
+
+
 TODAY = datetime.date(2024, 2, 29)
 DEADLINE_S = 20.0
 
