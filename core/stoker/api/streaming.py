@@ -24,7 +24,7 @@ __all__ = ["EventEncoder", "EventStream", "stream_events", "wait_until_gone"]
 
 _encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
-_MAX_EVENTS = 64  # of one chunk: a reader that fell behind gets what piled up in pieces
+_MAX_EVENTS = 256  # of one chunk: a reader that fell behind gets what piled up in pieces
 
 
 class EventEncoder:

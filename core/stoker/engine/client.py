@@ -100,8 +100,11 @@ class RequestStream:
                     await self._waiter
                 finally:
                     self._waiter = None
-            # In pieces: what lies in a piece counts as unread until it was sent.
-            batch, self._pending = self._pending[:_MAX_BATCH], self._pending[_MAX_BATCH:]
+            batch, self._pending = self._pending, []
+            if len(batch) > _MAX_BATCH:
+                # In pieces: what lies in a piece counts as unread until it was sent.
+                self._pending = batch[_MAX_BATCH:]
+                del batch[_MAX_BATCH:]
             if batch:
                 yield batch
                 # Only now: while the reader was busy sending it, it was not read.

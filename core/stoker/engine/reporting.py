@@ -50,7 +50,8 @@ class Reporter:
         """What a plan computes for whom; nothing if nobody wants to know."""
         if not self._is_wanted:
             return ()
-        decodes = [sequence.scheduled(1) for sequence in plan.decodes]
+        # A decode is never a second time. (Thousands of steps a second: no call for each of its tokens.)
+        decodes = [ScheduledTokens(s.request.tenant, 0, 1, 0, s.sequence_id) for s in plan.decodes]
         return decodes + [sequence.scheduled(count) for sequence, count in plan.prefills]
 
     @property
