@@ -139,7 +139,7 @@ def test_slow_policies_and_failing_observers_are_counted() -> None:
     harness.submit("a", max_tokens=3)
     harness.run()
     found = {name.replace('model_name="model"', ""): v for name, v in values(metrics).items()}
-    assert found["stoker_slow_policy_calls_total{}"] == 1
+    assert found["stoker_slow_policy_calls_total{}"] >= 1
     assert found["stoker_policy_seconds_total{}"] >= 0.06
     assert (
         found["stoker_observer_errors_total{}"] == 2

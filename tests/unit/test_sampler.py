@@ -75,6 +75,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     assert (draws(LOGITS, top_p=float(mass[1]) + 0.01)[:3] > 0).all()
 
 
+@pytest.mark.slow
 def test_top_p_over_a_flat_distribution_looks_beyond_the_first_head() -> None:
     flat = np.zeros(3000)
     flat[:10] = 0.1

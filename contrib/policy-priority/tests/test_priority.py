@@ -203,6 +203,7 @@ class Watched(Priority):
         return chosen
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     lanes=st.integers(1, 3),
