@@ -119,7 +119,7 @@ class SharedCounters(Counters):
         uri: str,
         timeout_s: float,
         # Windows begin at the same moments on every server; a monotonic clock starts anywhere.
-        clock: Callable[[], float] = time.time,  # noqa: TID251
+        clock: Callable[[], float] = time.time,  # noqa: TID251 - servers share windows of the day
     ) -> None:
         # The rest of it may hold a password.
         what = f"plugins.limits.storage: {uri.partition(':')[0]}"

@@ -206,6 +206,7 @@ class Client:
         await self._read(generation)
 
 
+@pytest.mark.slow
 async def test_readers_that_come_and_go_at_random_leave_nothing_behind(fleet: Fleet) -> None:
     dice = random.Random(7)
     tally: list[str] = []

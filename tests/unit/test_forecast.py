@@ -143,6 +143,7 @@ def admitted_s(one: Submitted, index: int) -> float:
     return one.request.arrival_s + sorted(record.queue_s for record in one.records)[index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADS)
 def test_forecasts_are_between_half_and_twice_the_truth(name: str) -> None:
     load = LOADS[name]

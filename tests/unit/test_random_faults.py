@@ -525,6 +525,7 @@ def _cost(sequence: Sequence) -> int:
     return sequence.num_prompt + (sequence.sampling.max_tokens or 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(4))
 def test_random_lives(block: int) -> None:
     for seed in range(block * 50, (block + 1) * 50):

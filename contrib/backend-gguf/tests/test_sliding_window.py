@@ -155,6 +155,7 @@ def test_kept_whole_there_are_no_snapshots(whole):
         whole.restore(0, b"")
 
 
+@pytest.mark.slow
 def test_window_only_memory_truncates_exactly_or_starts_over(load, tiny, run):
     runtime = load(path=tiny, lanes=3, context=1024, swa_full=False, n_ubatch=50, **EXACT)
     can = runtime.info.capabilities
