@@ -107,7 +107,13 @@ class GgufBackend(stoker.Backend):
             )
             window = 0 if native.swa_full else int(weights.lib.llama_model_n_swa(weights.pointer))
             runtime = GgufRuntime(
-                weights, context, tokenizer, info, unified=native.kv_unified, window=window
+                weights,
+                context,
+                tokenizer,
+                info,
+                unified=native.kv_unified,
+                window=window,
+                n_ubatch=min(native.n_ubatch, native.n_batch),
             )
             on_failure.pop_all()
         return runtime

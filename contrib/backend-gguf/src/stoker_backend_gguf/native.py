@@ -43,6 +43,8 @@ _LOAD_MODES = {
     (True, True): "LLAMA_LOAD_MODE_MMAP_MLOCK",
 }
 _LOG_ERROR, _LOG_CONTINUED = 4, 5
+# A few microseconds: most waits within a step are shorter, and a thread that lost its core is not waited for.
+_SPIN_COUNT = 300
 
 _lock = threading.Lock()
 _errors: collections.deque[str] = collections.deque(maxlen=8)
@@ -106,6 +108,8 @@ def prepare_openmp(
         return "default", None
     if not _state and not _libgomp_loaded():
         os.environ["OMP_WAIT_POLICY"] = policy
+        if spin_count is None and policy == "passive":
+            spin_count = _SPIN_COUNT
         if spin_count is not None:
             os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count))
         return policy, None

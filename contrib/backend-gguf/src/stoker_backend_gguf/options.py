@@ -40,8 +40,8 @@ class GgufOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         omp_wait_policy: What OpenMP's threads do while they wait. ``passive`` sleeps and survives
             company on its cores; ``active`` spins, which is faster if nothing else runs; ``default``
             leaves it to the library. ``OMP_WAIT_POLICY`` in the environment wins.
-        omp_spin_count: Rounds that libgomp's threads spin before they sleep; by default none while
-            waiting is passive. ``GOMP_SPINCOUNT`` in the environment wins.
+        omp_spin_count: Rounds that libgomp's threads spin before they sleep; by default 300 while
+            waiting is passive, a few microseconds. ``GOMP_SPINCOUNT`` in the environment wins.
         check_memory: Refuse a model whose weights and KV memory exceed the memory that is free.
     """
 

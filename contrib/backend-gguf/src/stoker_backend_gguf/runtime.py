@@ -1,4 +1,4 @@
-"""The runtime: one ragged ``llama_decode`` per step, lanes as llama.cpp's sequences."""
+"""The runtime: a ragged step as few ``llama_decode`` calls, lanes as llama.cpp's sequences."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from stoker import EngineError, Runtime, RuntimeInfo, StepInput, StepOutput
 from stoker_backend_gguf.batch import Batch
 from stoker_backend_gguf.native import take_errors
+from stoker_backend_gguf.passes import plan_passes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +42,7 @@ class GgufRuntime(Runtime):
         info: Its facts; ``capabilities.truncation`` says what the memory allows.
         unified: One KV memory for all lanes.
         window: Tokens that a sliding-window layer keeps, if it does not keep all; else 0.
+        n_ubatch: Most tokens that llama.cpp computes at once.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class GgufRuntime(Runtime):
         *,
         unified: bool,
         window: int,
+        n_ubatch: int,
     ) -> None:
         self.info = info
         self.tokenizer: GgufTokenizer = tokenizer
@@ -64,7 +67,8 @@ class GgufRuntime(Runtime):
         self._lengths = np.zeros(info.num_lanes, np.int32)
         # Never more than llama.cpp takes, which is capped by the KV memory.
         self._batch = Batch(model.lib, model.lib.llama_n_batch(context.pointer), info.num_lanes)
-        self._sorted_logits = np.empty((0, info.vocab_size), np.float32)
+        self._gathered = np.empty((0, info.vocab_size), np.float32)
+        self._n_ubatch = n_ubatch
         self._no_logits = np.empty((0, info.vocab_size), np.float32)
         settings = repr(
             (info.name, info.vocab_size, info.weights_bytes, info.settings.get("kv_type"))
@@ -92,19 +96,16 @@ class GgufRuntime(Runtime):
         if total > self._batch.capacity or np.any(ends > self.info.context_length):
             return StepOutput(logits=self._no_logits, no_room=True)
 
-        bridges = self._bridges(lanes)[: self._batch.capacity - total]
-        order = self._fill(step, lanes, bridges)
-        code = self._lib.llama_decode(self._context.pointer, self._batch.struct)
-        if code not in {0, _NO_ROOM}:
-            self._roll_back([*lanes.tolist(), *bridges])
-            raise EngineError(f"llama.cpp could not compute a step (code {code}): {take_errors()}")
-        if code == _NO_ROOM:  # it changed nothing, and logged that as an error
-            take_errors()
+        passes = [list(range(len(lanes)))]
+        if not self._unified and self._exact:
+            passes = plan_passes((ends - firsts).tolist(), self._n_ubatch)
+        if len(passes) == 1:
+            logits = self._pass(step, lanes, ends)
+        else:
+            logits = self._passes(step, starts, lanes, ends, passes)
+        if logits is None:
             return StepOutput(logits=self._no_logits, no_room=True)
-        for lane in bridges:
-            self._remove(lane, int(self._lengths[lane]))
-        self._lengths[lanes] = ends
-        return StepOutput(logits=self._logits(step.wants_logits, order))
+        return StepOutput(logits=logits)
 
     def truncate(self, lane: int, num_tokens: int) -> int:
         """Keep the first ``num_tokens`` tokens of a lane; where that is impossible, keep none.
@@ -211,6 +212,73 @@ class GgufRuntime(Runtime):
                 f"lane {lane} continues at position {firsts[wrong]} but holds {self._lengths[lane]} tokens"
             )
 
+    def _passes(
+        self,
+        step: StepInput,
+        starts: NDArray[np.intp],
+        lanes: NDArray[np.int32],
+        ends: NDArray[np.int32],
+        passes: list[list[int]],
+    ) -> NDArray[np.float32] | None:
+        """Compute a step in several passes; ``None`` if there is no room for one of them."""
+        spans = [slice(*span) for span in pairwise([*starts.tolist(), len(step.token_ids)])]
+        out_rows = np.cumsum(step.wants_logits) - 1
+        count = int(out_rows[-1]) + 1
+        if len(self._gathered) < count:
+            self._gathered = np.empty((count, self.info.vocab_size), np.float32)
+        gathered = self._gathered[:count]
+        firsts = ends - np.diff(starts, append=len(step.token_ids))
+        for runs in passes:
+            rows = np.concatenate([np.arange(spans[run].start, spans[run].stop) for run in runs])
+            part = StepInput(
+                step.token_ids[rows],
+                step.positions[rows],
+                step.lanes[rows],
+                step.wants_logits[rows],
+            )
+            logits = None
+            try:
+                logits = self._pass(part, lanes[runs], ends[runs])
+            finally:
+                if logits is None:  # the passes before this one are not to have happened either
+                    self._lengths[lanes] = firsts
+                    self._roll_back(lanes.tolist())
+            if logits is None:
+                return None
+            if len(logits) == count and runs is passes[-1]:
+                return logits  # only this pass wants any, and none after it overwrites them
+            gathered[out_rows[rows[part.wants_logits]]] = logits
+        result = gathered.view()
+        result.flags.writeable = False
+        return result
+
+    def _pass(
+        self, step: StepInput, lanes: NDArray[np.int32], ends: NDArray[np.int32]
+    ) -> NDArray[np.float32] | None:
+        """One ``llama_decode``: the logits, or ``None`` if there is no room, and nothing changed.
+
+        Args:
+            step: Its rows.
+            lanes: The lane of each of its runs.
+            ends: Tokens in each of those lanes afterwards.
+
+        Raises:
+            EngineError: llama.cpp failed; the lanes are back where they were.
+        """
+        bridges = self._bridges(lanes)[: self._batch.capacity - len(step.token_ids)]
+        order = self._fill(step, lanes, bridges)
+        code = self._lib.llama_decode(self._context.pointer, self._batch.struct)
+        if code == _NO_ROOM:  # it changed nothing, and logged that as an error
+            take_errors()
+            return None
+        if code:
+            self._roll_back([*lanes.tolist(), *bridges])
+            raise EngineError(f"llama.cpp could not compute a step (code {code}): {take_errors()}")
+        for lane in bridges:
+            self._remove(lane, int(self._lengths[lane]))
+        self._lengths[lanes] = ends
+        return self._logits(step.wants_logits, order)
+
     def _bridges(self, lanes: NDArray[np.int32]) -> list[int]:
         """Idle lanes to compute a throw-away token for, so that llama.cpp does not split the step.
 
@@ -269,9 +337,7 @@ class GgufRuntime(Runtime):
         logits = np.ctypeslib.as_array(pointer, (count, self.info.vocab_size))
         if order is not None and count > 1:
             rows = np.argsort(order[wants[order]])
-            if len(self._sorted_logits) < count:
-                self._sorted_logits = np.empty_like(logits)
-            logits = logits.take(rows, axis=0, out=self._sorted_logits[:count])
+            logits = logits.take(rows, axis=0)
         logits.flags.writeable = False
         return logits
 
