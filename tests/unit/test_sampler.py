@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stoker import Request, SamplingParams
+from stoker.engine import sampler
 from stoker.engine.detokenizer import Detokenizer, TokenText
 from stoker.engine.sampler import NOT_FINITE, sample, uniform
 from stoker.engine.sequence import Sequence
@@ -190,3 +191,29 @@ def test_sequences_of_one_request_draw_differently_and_reproducibly() -> None:
     ]
     assert made[0].seed != made[1].seed
     assert made[0].seed == made[2].seed
+
+
+@given(
+    st.lists(st.sampled_from([-3.0, 0.0, 0.5, 0.5, 2.0, float("-inf")]), min_size=1, max_size=900),
+    st.data(),
+)
+def test_the_head_is_that_of_a_full_sort(values: list[float], data: st.DataObject) -> None:
+    array = np.array(values, np.float32)
+    k = data.draw(st.integers(1, len(values)))
+    want = np.argsort(-array, kind="stable")[:k]
+    np.testing.assert_array_equal(sampler._head(array, k), want)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1e-6, 0.25, 1.0]), min_size=1, max_size=900),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_draw_falls_where_a_running_sum_says(values: list[float], draw: float) -> None:
+    weights = np.array(values, np.float32)
+    assume(weights.any())
+    at = sampler._draw(weights, draw)
+    assert weights[at] > 0
+    cumulative = weights.cumsum(dtype=np.float64)
+    target = draw * cumulative[-1]
+    slack = 1e-9 * cumulative[-1]
+    assert cumulative[at] - weights[at] - slack <= target <= cumulative[at] + slack
