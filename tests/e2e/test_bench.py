@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -248,3 +249,25 @@ def test_the_scenarios_are_listed(tmp_path: Path) -> None:
     listed = bench(tmp_path, "--list")
     for name in ("solo", "decode8", "prefix", "turns", "mixed", "burst", "copy", "agents"):
         assert re.search(rf"^{name} +\w", listed, re.MULTILINE)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarking.md"
+COMMANDS = re.findall(r"^ *stoker (bench.*)$", PAGE.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_pages_commands_work(command: str, url: str, tmp_path: Path) -> None:
+    _, *arguments = shlex.split(command)
+    here = [re.sub(r"http://127.0.0.1:\d+/v1", url, each) for each in arguments]
+    if "--target" not in here:
+        here += ["--target", f"stoker={url}"]
+    out = bench(tmp_path, *here, "--rounds", "1", "--max-seconds", "1")
+    assert "output tokens/s" in out
+    assert "requests failed" not in out
+
+
+def test_the_page_names_every_option_that_needs_explaining() -> None:
+    page = PAGE.read_text()
+    for option in ("--yes-remote", "--seed", "--compare-texts", "--max-in-flight", "--warm-up"):
+        assert option in page
+    assert len(COMMANDS) >= 8

@@ -109,6 +109,7 @@ def _draw(experiments: Sequence[Experiment]) -> Any:
         _distribution(first, experiment)
         _bars(latency, experiment, _LATENCIES)
         latency.set_yscale("symlog", linthresh=1.0)
+        latency.yaxis.set_major_formatter("{x:g}")
         latency.set_title("latencies, ms", fontsize=10)
     handles, labels = axes[0][0].get_legend_handles_labels()
     if handles:

@@ -117,7 +117,11 @@ async def run_plan(
                 answers = await _run_round(plan, target, load, number, experiment, progress, label)
                 if not plan.compare_texts:
                     continue
-                texts = {n: "".join(a.texts or ()) for n, a in answers.items() if not a.failure}
+                texts = {
+                    number: "".join(answer.texts)
+                    for number, answer in answers.items()
+                    if answer.texts is not None and not answer.failure
+                }
                 if first_texts is None:
                     first_texts = texts
                 else:
@@ -224,7 +228,9 @@ async def run_load(
         # Numbered when it begins, in the order in which sessions are drawn: the same for every target.
         own_numbers = [next(numbers) for _ in session.shots]
         for number, shot in zip(own_numbers, session.shots, strict=True):
-            done(number, await target.ask(shot, due_s, keep_text=keep_text))
+            # Sampled texts differ by chance: there is nothing to compare.
+            keep = keep_text and not shot.extra.get("temperature")
+            done(number, await target.ask(shot, due_s, keep_text=keep))
             due_s = None
             if time.perf_counter() >= stop_s:
                 return
