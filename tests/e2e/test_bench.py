@@ -78,7 +78,12 @@ def test_two_targets_side_by_side(url: str, tmp_path: Path) -> None:
         *("--slo", "ttft=30s,itl=30s", "--compare-texts", "--api-key", "one=sk-hidden"),
         *("--json", "o.json", "--plot", "o.png", "--plot", "o.html"),
     )
-    for said in ("solo: 2 rounds of 4 requests", "decode4: 2 rounds of 8 requests", "one / other"):
+    for said in (
+        "Seed 5.",
+        "solo: 2 rounds of 4 requests",
+        "decode4: 2 rounds of 8 requests",
+        "one / other",
+    ):
         assert said in out
     assert re.search(r"goodput, share +1\.000 +1\.000", out)
     assert re.search(r"same text as the first +8 of 8", out)

@@ -383,6 +383,7 @@ def closed(shots: int, clients: int) -> Load:
     return Load(iter([Session((Shot((user(f"{n}"),), n + 1),)) for n in range(shots)]), clients)
 
 
+@pytest.mark.slow
 @given(shots=st.integers(0, 12), clients=st.integers(1, 15))
 @settings(max_examples=15, deadline=None)
 def test_every_request_is_sent_once_and_no_more_at_once_than_clients(
@@ -404,7 +405,7 @@ def test_every_request_is_sent_once_and_no_more_at_once_than_clients(
 
 async def test_an_open_loop_waits_for_nobody_but_its_bound() -> None:
     fake = Fake()
-    fake.delay_s = 0.2
+    fake.delay_s = 0.1
     for bound, most in ((100, 6), (2, 2)):
         fake.active = [0, 0]
         load = Load(iter([Session((SHOT,), 0.001 * n) for n in range(6)]))

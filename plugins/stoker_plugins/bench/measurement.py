@@ -179,8 +179,8 @@ class Measurement:
     ) -> None:
         tables = [table_of(each, targets) for each in results]
         notes = self._notes + remarks(targets, results, is_interrupted=is_interrupted)
-        print_report(tables, notes)
         options = self._options
+        print_report(tables, notes, options["seed"])
         if options["json_path"] is None and not options["plots"]:
             return
         data = document(

@@ -128,7 +128,7 @@ def _remarks_of(experiment: Experiment, target: str) -> Iterator[str]:
         yield f"{where}: the last round was cut short"
 
 
-def print_report(tables: Sequence[Table], notes: Sequence[str]) -> None:
+def print_report(tables: Sequence[Table], notes: Sequence[str], seed: int) -> None:
     """Print it on standard output; wide enough for whole words where nobody measures the width."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -144,7 +144,8 @@ def print_report(tables: Sequence[Table], notes: Sequence[str]) -> None:
             shown.add_row(*(Text(cell) for cell in row))
         console.print(Text(table.title, style="bold"))
         console.print(shown)
-    if tables and any("(" in cell for table in tables for row in table.rows for cell in row):
-        console.print(Text("Medians of the rounds (lowest..highest)."))
+    has_ranges = any("(" in cell for table in tables for row in table.rows for cell in row)
+    about = "Medians of the rounds (lowest..highest). " if has_ranges else ""
+    console.print(Text(f"{about}Seed {seed}."))
     for note in notes:
         console.print(Text(f"! {note}"))

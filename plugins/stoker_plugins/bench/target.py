@@ -298,9 +298,8 @@ class Target:
         except TimeoutError as error:
             raise TargetError(f"target {self.name}: {self.url} does not answer in time") from error
         except WireError as error:
-            raise TargetError(
-                f"target {self.name}: {self.url}: {error}; is the server running?"
-            ) from error
+            hint = "; is the server running?" if "refused" in str(error) else ""
+            raise TargetError(f"target {self.name}: {self.url}: {error}{hint}") from error
 
     async def _served_models(self) -> list[str]:
         response = await self._get("/models")
