@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from typing import Any
 
 import msgspec
@@ -24,7 +25,7 @@ IRRELEVANT = frozenset(
 """Fields of ``Request`` that do not change its answer. All others are hashed, those of later versions too."""
 
 _DIRECTIVES = frozenset({"no-cache", "no-store"})
-_encoder = msgspec.msgpack.Encoder(order="deterministic")
+_encoder = msgspec.json.Encoder(order="deterministic")
 
 
 def is_repeatable(request: Request) -> bool:
@@ -39,6 +40,9 @@ def request_key(request: Request, served: ServedModel, *, per_tenant: bool) -> b
         request: As the engine would get it.
         served: The model that is loaded under its ``model``.
         per_tenant: Whether tenants are kept apart.
+
+    Raises:
+        TypeError: A field holds what cannot be compared.
     """
     fields: dict[str, Any] = {
         name: value
@@ -46,10 +50,11 @@ def request_key(request: Request, served: ServedModel, *, per_tenant: bool) -> b
         if name not in IRRELEVANT
     }
     # Whatever sequence of integers a middleware made of it, equal ones must look equal.
-    fields["prompt_token_ids"] = [int(token) for token in request.prompt_token_ids]
+    tokens = array("q", fields.pop("prompt_token_ids"))
     identity: list[Any] = [served.reference, served.backend, served.created, served.size_bytes]
     tenant = request.tenant if per_tenant else None
-    return hashlib.blake2b(_encoder.encode([identity, tenant, fields]), digest_size=32).digest()
+    rest = msgspec.to_builtins([identity, tenant, fields, len(tokens)], str_keys=True)
+    return hashlib.blake2b(_encoder.encode(rest) + tokens.tobytes(), digest_size=32).digest()
 
 
 def directives_of(request: Request) -> frozenset[str]:
