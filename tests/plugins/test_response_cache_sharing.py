@@ -117,7 +117,12 @@ class Rig:
             model_id="m", reference="m", backend="b", created=0, size_bytes=0, info=info
         )
         self.ledger = Ledger()
-        self.cache = ResponseCache(Context(served), ResponseCacheOptions(**options))
+        self.later_s = 0.0
+        self.cache = ResponseCache(
+            Context(served),
+            ResponseCacheOptions(**options),
+            clock=lambda: time.monotonic() + self.later_s,
+        )
         template = ChatTemplate(info.chat_template, self.runtime.tokenizer)
         client = EngineClient(self.engine, self.loop)
         self.router = Router(
@@ -257,6 +262,29 @@ async def test_no_store_and_no_cache(rig: Rig) -> None:
         assert await read(generation) == [rig.truth(generation)]
         assert outcome(generation) == wanted
         await rig.idle()
+
+
+async def test_an_answer_tells_its_age_and_is_computed_again_when_it_is_too_old() -> None:
+    rig = Rig(ttl_s=100.0)
+    await read(await rig.start())
+    await rig.idle()
+    for later_s, wanted in ((0.0, ("hit", "0")), (90.0, ("hit", "90")), (101.0, ("miss", None))):
+        rig.later_s = later_s
+        generation = await rig.start()
+        assert await read(generation) == [rig.truth(generation)]
+        assert (outcome(generation), generation.request.response_headers.get("age")) == wanted
+        await rig.idle()
+    await rig.stop()
+
+
+async def test_what_cannot_be_compared_is_computed(rig: Rig, monkeypatch: Any) -> None:
+    def refuse(*arguments: Any, **more: Any) -> bytes:
+        raise TypeError("a set")
+
+    monkeypatch.setattr("stoker_plugins.response_cache.middleware.request_key", refuse)
+    generation = await rig.start()
+    assert await read(generation) == [rig.truth(generation)]
+    assert outcome(generation) == "skip"
 
 
 # --------------------------------------------------------------------------- sharing

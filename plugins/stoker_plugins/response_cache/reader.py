@@ -21,14 +21,13 @@ from stoker import (
     UnavailableError,
     Usage,
 )
-from stoker_plugins.response_cache.accounts import Account, at_no_cost, merged, record_of
+from stoker_plugins.response_cache.accounts import Account, at_no_cost, record_of
 from stoker_plugins.response_cache.answers import Answer
+from stoker_plugins.response_cache.given import Given
 
 __all__ = ["Reader"]
 
 logger = logging.getLogger("stoker.response_cache")
-
-_MERGE_ABOVE = 64  # deltas: who has fallen behind, or joins late, gets fewer and larger ones
 
 
 class Reader(DeltaStream):
@@ -59,16 +58,9 @@ class Reader(DeltaStream):
         self._position = 0  # how much of the answer's deltas its client has taken
         self._limit: int | None = None  # where it stopped reading them
         self._last: list[Delta] = []  # what it is told instead of more of them
-        self._texts: list[list[str]] = [[] for _ in range(request.n)]
-        self._tokens = [0] * request.n
-        self._first_s: list[float | None] = [None] * request.n
-        self._ended: set[int] = set()  # indices whose last delta its client has got
-        self._expected: dict[int, str] = {}  # what of a second answer its client has already
+        self._given = Given(request.n)
         self._has_moved = False
         self._error: Exception | None = None
-        self._disowns = (
-            False  # whether the second answer is not the one that its client began to read
-        )
         self._left = False
         self._aborted = False
         self._frozen: list[SequenceTrace] | None = None
@@ -97,9 +89,9 @@ class Reader(DeltaStream):
             answer = self._answer
             batch = answer.deltas[self._position : self._limit]
             if batch:
-                unseen = self._unseen(batch)
-                if unseen:
-                    yield unseen
+                news = self._news(batch)
+                if news:
+                    yield news
                 # Only now: while its client was busy with them they were not read.
                 if self._answer is answer:
                     self._position += len(batch)
@@ -123,44 +115,17 @@ class Reader(DeltaStream):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _unseen(self, batch: Sequence[Delta]) -> list[Delta]:
-        """What of a batch is news for the client, as it should see it."""
-        unseen: list[Delta] = []
-        for delta in merged(batch) if len(batch) > _MERGE_ABOVE else batch:
-            if delta.index in self._ended:
-                continue
-            if self._expected:
-                known = self._skip_known(delta)
-                if known is None:
-                    break
-                delta = known
-            if self._first_s[delta.index] is None:
-                self._first_s[delta.index] = self._clock()
-            self._tokens[delta.index] += delta.num_tokens
-            if not self._leads:
-                self._texts[delta.index].append(delta.text)
-            if delta.finish_reason is not None:
-                self._ended.add(delta.index)
-                delta = delta if self._leads else at_no_cost(delta)
-            unseen.append(delta)
-        return unseen
-
-    def _skip_known(self, delta: Delta) -> Delta | None:
-        """A second answer's delta without what the client has; ``None`` if that is not how it began."""
-        expected = self._expected.get(delta.index, "")
-        length = min(len(expected), len(delta.text))
-        is_short = delta.finish_reason is not None and length < len(expected)
-        if is_short or delta.text[:length] != expected[:length]:
+    def _news(self, batch: Sequence[Delta]) -> list[Delta]:
+        """What of a batch to give the client."""
+        news = self._given.take(batch, self._clock(), leads=self._leads)
+        if self._given.differs:
             error = UnavailableError(
                 "this answer was shared with an identical request that failed, and a second attempt "
                 "began differently; send the request again",
                 code="shared_answer_failed",
             )
-            self._disowns = True
             self._end_with(error)
-            return None
-        self._expected[delta.index] = expected[length:]
-        return msgspec.structs.replace(delta, text=delta.text[length:])
+        return news
 
     # ------------------------------------------------------------------ its end
 
@@ -187,10 +152,7 @@ class Reader(DeltaStream):
                 self._move()
                 return
             self._error = failure.error
-            self._last = self._endings(FinishReason.ABORT)
-            # Its own sequence first: that is the error to tell.
-            self._last.sort(key=lambda delta: delta.index != failure.index)
-            self._last[:1] = [failure if self._leads else at_no_cost(failure)]
+            self._last = self._failed(failure)
         self._over.set()
         self.wake()
 
@@ -207,7 +169,7 @@ class Reader(DeltaStream):
     def _end_with(self, error: Exception) -> None:
         """Leave the answer, and tell the client why once it has read what there is that is for it."""
         self._error = error
-        self._limit = 0 if self._disowns else len(self._answer.deltas)
+        self._limit = 0 if self._given.differs else len(self._answer.deltas)
         self._last = self._endings(FinishReason.ERROR, error)
         self._leave(error if isinstance(error, RequestError) else None)
         self.wake()
@@ -220,31 +182,40 @@ class Reader(DeltaStream):
             self._timer.cancel()
         was_over = self._answer.is_over
         goes_on = self._answer.leave(self, error)
-        if self._leads and not self._disowns and (was_over or not goes_on):
+        if self._leads and not self._given.differs and (was_over or not goes_on):
             return  # the engine's own account of it is the true one
         self._frozen = self.traces()
         self._over.set()
 
     def _ended_well(self) -> Mapping[int, Delta]:
-        """The last deltas of sequences that have ended well, for this request."""
-        endings = self._answer.endings
-        if not self._disowns:
-            return endings
-        return {index: endings[index] for index in self._ended}
+        """The last deltas of sequences that have ended well, and are for this client."""
+        given = self._given
+        return given.endings if given.differs else self._answer.endings | given.endings
 
     def _endings(self, reason: FinishReason, error: Exception | None = None) -> list[Delta]:
         """Last deltas of all other sequences."""
         num_prompt = len(self._request.prompt_token_ids)
+        ended = self._ended_well()
         return [
             Delta(
                 index=index,
                 finish_reason=reason,
                 error=error,
-                usage=Usage(prompt_tokens=num_prompt, completion_tokens=self._tokens[index]),
+                usage=Usage(prompt_tokens=num_prompt, completion_tokens=self._given.tokens[index]),
             )
             for index in range(self._request.n)
-            if index not in self._ended_well()
+            if index not in ended
         ]
+
+    def _failed(self, failure: Delta) -> list[Delta]:
+        """Last deltas when the answer has failed: first the one that tells why."""
+        others = {delta.index: delta for delta in self._endings(FinishReason.ABORT)}
+        if not others:
+            return []
+        index = failure.index if failure.index in others else min(others)
+        del others[index]
+        failure = msgspec.structs.replace(failure, index=index)
+        return [failure if self._leads else at_no_cost(failure), *others.values()]
 
     # ------------------------------------------------------------------ a second answer
 
@@ -257,26 +228,23 @@ class Reader(DeltaStream):
             return False
         if isinstance(error, DeadlineError):  # another's: each ends one of those who share at most
             return True
-        if isinstance(error, SlowReaderError) and any(self._texts):
+        if isinstance(error, SlowReaderError) and not self._given.is_empty:
             return False  # none of those who shared it has read, so it has not either
         return not self._has_moved
 
     def _move(self) -> None:
         self._has_moved = True
-        given = ["".join(parts) for parts in self._texts]
-        self._expected = {index: text for index, text in enumerate(given) if text}
-        self._tokens = [0] * self._request.n
-        self._position = 0
         try:
-            self._answer = self._find_another(self._request)
+            answer = self._find_another(self._request)
         except Exception as error:
             if not isinstance(error, RequestError):
                 logger.exception("request %s: no second answer", self._request.request_id)
             self._end_with(error)
             return
-        self._answer.join(self)
-        if self._answer.is_over:
-            self._over.set()
+        self._answer = answer
+        self._position = 0
+        self._given.begin_again()
+        answer.join(self)
         self.wake()
 
     # ------------------------------------------------------------------ what is told of it
@@ -302,9 +270,9 @@ class Reader(DeltaStream):
             return self._frozen
         answer = self._answer
         engine = answer.engine_traces()
-        endings = self._ended_well()
         if self._leads and not self._left:
             return list(engine)
+        endings = self._ended_well()
         is_over = self._left or answer.is_over
         outcome = FinishReason.ABORT if self._error is None else FinishReason.ERROR
         account = Account(
@@ -318,8 +286,8 @@ class Reader(DeltaStream):
             account.trace(
                 engine[index] if engine else None,
                 endings.get(index),
-                self._tokens[index],
-                self._first_s[index],
+                self._given.tokens[index],
+                self._given.first_s[index],
             )
             for index in range(self._request.n)
         ]

@@ -20,8 +20,8 @@ _ORDERS: dict[str, type[Cache[bytes, StoredAnswer]]] = {
     "fifo": FIFOCache,
 }
 _OVERHEAD_BYTES = 1100
-"""What an answer costs beside its texts: its key, its structs, its places in several dictionaries, and with
-``lfu`` a counter of its own, if no other was asked for as often. A test compares it with what is allocated."""
+"""What an answer costs beside its texts: its key, its structs, its places in several dictionaries, and
+with ``lfu`` a counter of its own if no other was asked for as often. A test measures it."""
 _SEQUENCE_BYTES = 120
 
 
