@@ -80,7 +80,7 @@ class Flight(Answer):
         key: What its request is known by.
         request: The request.
         stream: Where it comes from.
-        on_end: Called once when nobody may join any more.
+        on_end: Called when nobody may join any more: its last reader has left, and when it is over.
     """
 
     def __init__(
@@ -97,7 +97,6 @@ class Flight(Answer):
         self.is_over = False
         self._on_end = on_end
         self._readers: dict[Reader, None] = {}
-        self._is_abandoned = False
         self._wanted = asyncio.Event()
         self._is_patient = True  # whether it waits until more is wanted
         self._watching = asyncio.ensure_future(self._watch())
@@ -113,7 +112,7 @@ class Flight(Answer):
 
         A more urgent one must not wait in the queue behind a less urgent one.
         """
-        if self._is_abandoned or self.is_over or self.failure is not None:
+        if self.failure is not None:
             return False
         return bool(self.deltas) or self.request.priority <= request.priority
 
@@ -132,7 +131,6 @@ class Flight(Answer):
             self._readers.pop(reader, None)
             return True
         # It stays a reader, to be told when the engine is done with it.
-        self._is_abandoned = True
         self._on_end(self)
         if error is None:
             self.stream.abort()
