@@ -23,6 +23,7 @@ PUBLIC = {
         "CommandInfo",
     ),
     *("ConfigError", "ContextLengthError", "DeadlineError", "Delta", "EngineError", "FinishReason"),
+    "DeltaStream",
     *("InvalidRequestError", "LoadSettings", "LoadSnapshot", "LocalModel", "Middleware"),
     *("MiddlewareInfo", "ModelError", "ModelNotFoundError", "ModelSource", "ModelSourceInfo"),
     *("Observer", "ObserverInfo", "OutOfMemoryError", "PluginConflictError"),

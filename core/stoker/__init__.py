@@ -29,6 +29,7 @@ _HOMES = {
         "BackendInfo",
         "Capabilities",
         "CommandInfo",
+        "DeltaStream",
         "EngineSnapshot",
         "LoadSettings",
         "LoadSnapshot",

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from stoker.types import FinishReason, SequenceTrace
 
 if TYPE_CHECKING:
-    from stoker.engine.client import RequestStream
     from stoker.errors import RequestError
+    from stoker.interfaces import DeltaStream
 
 __all__ = ["History", "RequestStatus", "TrackedRequest"]
 
@@ -66,12 +66,12 @@ class TrackedRequest:
         self.num_sequences = 0
         self.is_cancelled = False
         self.is_over = False
-        self._streams: list[RequestStream] = []
+        self._streams: list[DeltaStream] = []
         self._traces: list[SequenceTrace] = []
         self._ended_as: RequestStatus = "aborted"
         self._num_open = 1  # whoever starts it; each of its generations adds one
 
-    def add(self, stream: RequestStream) -> None:
+    def add(self, stream: DeltaStream) -> None:
         """Take in one of its generations."""
         self._streams.append(stream)
         self._num_open += 1

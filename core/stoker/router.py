@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,16 +22,16 @@ from stoker.errors import (
     UnavailableError,
 )
 from stoker.history import History, TrackedRequest
+from stoker.interfaces import Middleware
 from stoker.tenants import Tenants
 from stoker.types import Delta, Request, RequestRecord
 
 if TYPE_CHECKING:
     from stoker.config import AdmissionConfig
-    from stoker.engine.client import RequestStream
     from stoker.interfaces import (
+        DeltaStream,
         EngineSnapshot,
         LoadSnapshot,
-        Middleware,
         Observer,
         SchedulingPolicy,
         ServedModel,
@@ -85,7 +86,7 @@ class Generation:
         self,
         request: Request,
         model: ServedModel,
-        stream: RequestStream,
+        stream: DeltaStream,
         tracked: TrackedRequest,
         on_end: Callable[[Generation], Awaitable[None]],
     ) -> None:
@@ -290,7 +291,7 @@ class Router:
                 raise _cancelled()
             # Middleware may have changed what was asked for.
             check_length(routed, request.sampling, len(request.prompt_token_ids), call.prompt_field)
-            stream = routed.client.submit(request)
+            stream = self._submit(routed, request)
         except BaseException:
             await self._tell(self.middleware, request, ())
             raise
@@ -299,6 +300,14 @@ class Router:
         self.num_active += 1
         self.idle.clear()
         return Generation(request, routed.served, stream, tracked, self._ended)
+
+    def _submit(self, routed: RoutedModel, request: Request) -> DeltaStream:
+        """Hand it to the engine, through the middleware that wants to stand between."""
+        forward: Callable[[Request], DeltaStream] = routed.client.submit
+        for middleware in reversed(self.middleware):
+            if type(middleware).submit is not Middleware.submit:
+                forward = partial(middleware.submit, forward=forward)
+        return forward(request)
 
     def _priority(self, call: Call) -> tuple[int, str]:
         """The priority that the call's tenant may have, and a warning if it asked for a better one."""

@@ -24,6 +24,7 @@ from stoker_plugins.policies.options import (
     FcfsOptions,
     TokenBudgetOptions,
 )
+from stoker_plugins.response_cache.options import ResponseCacheOptions
 
 __all__: list[str] = []
 
@@ -89,7 +90,7 @@ def stoker_register_policies() -> Sequence[PolicyInfo]:
 
 @hookimpl
 def stoker_register_middleware() -> Sequence[MiddlewareInfo]:
-    """Admission control."""
+    """Admission control, and the response cache."""
     return [
         MiddlewareInfo(
             api_version=1,
@@ -115,6 +116,14 @@ def stoker_register_middleware() -> Sequence[MiddlewareInfo]:
             factory=_lazy(".queue_limit", "QueueLimit"),
             active_by_default=True,
             order=900,  # the last word: after whatever may edit a request
+        ),
+        MiddlewareInfo(
+            api_version=1,
+            name="response-cache",
+            summary="Computes identical requests once (greedy, or with a seed) and keeps their answers",
+            factory=_lazy(".response_cache.middleware", "ResponseCache"),
+            options=ResponseCacheOptions,
+            order=950,  # next to the engine: what admission lets pass
         ),
     ]
 

@@ -43,7 +43,11 @@ _UNLISTED = "unlisted"
 
 
 class Metrics(Observer):
-    """Counts steps and requests of all models in a registry of its own."""
+    """Counts steps and requests of all models in a registry of its own.
+
+    Attributes:
+        registry: What ``/metrics`` shows; other plugins may register collectors of their own in it.
+    """
 
     def __init__(self) -> None:
         # A time stamp beside every counter is noise. (The library left this function untyped.)

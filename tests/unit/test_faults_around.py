@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from stoker import (
+    DeltaStream,
     FinishReason,
     Middleware,
     Request,
@@ -419,3 +420,48 @@ async def test_a_loop_that_is_stopped_ends_requests_of_every_stage(stage: str) -
     await eventually(lambda: fleet.router.num_active == 0)
     with pytest.raises(UnavailableError):
         await fleet.start("too late")
+
+
+# --------------------------------------------------------------------------- middleware that answers
+
+
+class Between(Middleware):
+    """Notes what it is asked, and refuses or passes it on."""
+
+    def __init__(self, name: str, log: list[str], *, refuses: bool = False) -> None:
+        self.name = name
+        self.log = log
+        self.refuses = refuses
+
+    def submit(self, request: Request, forward: Callable[[Request], DeltaStream]) -> DeltaStream:
+        self.log.append(self.name)
+        if self.refuses:
+            raise UnavailableError("not now")
+        stream = forward(request)
+        request.response_headers["x-by"] = self.name
+        return stream
+
+    async def on_finish(self, request: Request, records: Sequence[RequestRecord]) -> None:
+        self.log.append(f"{self.name} is told of {len(records)}")
+
+
+async def test_middleware_stands_between_in_its_order() -> None:
+    log: list[str] = []
+    fleet = Fleet(Between("outer", log), Middleware(), Between("inner", log))
+    generation = await fleet.start("hello")
+    assert await read(generation) == [fleet.truth(generation)]
+    await eventually(lambda: fleet.router.num_active == 0 and len(log) == 4)
+    assert log == ["outer", "inner", "outer is told of 1", "inner is told of 1"]
+    assert generation.request.response_headers == {"x-by": "outer"}
+    assert fleet.loop.stop()
+
+
+async def test_middleware_that_refuses_late_is_told_of_the_end_like_the_others() -> None:
+    log: list[str] = []
+    fleet = Fleet(Between("outer", log), Between("inner", log, refuses=True))
+    with pytest.raises(UnavailableError, match="not now"):
+        await fleet.start("hello")
+    assert log == ["outer", "inner", "outer is told of 0", "inner is told of 0"]
+    assert fleet.router.num_active == 0
+    assert not fleet.loop.engines[0]._sequences
+    assert fleet.loop.stop()

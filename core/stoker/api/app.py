@@ -22,6 +22,7 @@ __all__ = ["build_app"]
 
 _EXPOSED = [
     *("retry-after", "retry-after-ms", "x-request-id", "x-stoker-explain", "x-stoker-warning"),
+    *("age", "x-stoker-cache"),
     *(
         f"x-ratelimit-{what}-{of}"
         for what in ("limit", "remaining", "reset")

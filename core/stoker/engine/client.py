@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
+from stoker.interfaces import DeltaStream
 from stoker.types import Delta, Request, RequestRecord, SequenceTrace
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ __all__ = ["EngineClient", "RequestStream", "deliver"]
 _MAX_BATCH = 256  # deltas that a reader gets at once
 
 
-class RequestStream:
+class RequestStream(DeltaStream):
     """The deltas of one request: an asynchronous iterator of non-empty batches.
 
     It belongs to the event loop that created it. It ends after the last of the request's sequences.
@@ -65,7 +66,7 @@ class RequestStream:
     )
 
     def __init__(self, request: Request, loop: EngineLoop) -> None:
-        self.request = request
+        self.request: Request = request
         self.event_loop = asyncio.get_running_loop()
         self.records: list[RequestRecord] = []
         self.aborted = False

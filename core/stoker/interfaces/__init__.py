@@ -45,6 +45,7 @@ from stoker.interfaces.serving import (
     ServerContext,
     TenantLoad,
 )
+from stoker.interfaces.streams import DeltaStream
 
 __all__ = [
     "API_VERSION",
@@ -55,6 +56,7 @@ __all__ = [
     "BackendInfo",
     "Capabilities",
     "CommandInfo",
+    "DeltaStream",
     "Descriptor",
     "EngineSnapshot",
     "LoadSettings",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from stoker.config import Config, TenantConfig
 from stoker.interfaces.policies import SchedulingPolicy, StepCost
 from stoker.interfaces.runtimes import RuntimeInfo
+from stoker.interfaces.streams import DeltaStream
 from stoker.types import LocalModel, Request, RequestRecord, SequenceView, StepRecord
 
 __all__ = [
@@ -147,6 +148,18 @@ class Middleware(ABC):
     async def on_request(self, request: Request) -> Request:
         """Return the request, edited or not; raise a ``RequestError`` to refuse it."""
         return request
+
+    def submit(self, request: Request, forward: Callable[[Request], DeltaStream]) -> DeltaStream:
+        """Answer a request that all middleware let pass, or leave that to ``forward``.
+
+        ``forward`` is the next middleware that overrides this, in the order of ``on_request``, and at last
+        the engine. It may be called again later, such as when its stream has failed. Headers of the answer
+        may still be set. Only middleware that overrides this is called at all.
+
+        Raises:
+            RequestError: The request is refused; ``on_finish`` is called all the same.
+        """
+        return forward(request)
 
     async def on_finish(self, request: Request, records: Sequence[RequestRecord]) -> None:
         """Called once when a request that ``on_request`` let pass is over, however it ended.
