@@ -95,6 +95,7 @@ class Request(msgspec.Struct, kw_only=True):
         arrival_s: When the router accepted it.
         queue_deadline_s: Give up if it was not admitted by then; ``None`` for never.
         deadline_s: Give up if it is not finished by then; ``None`` for never.
+        cache_salt: Only requests with the same salt reuse each other's KV.
         endpoint: ``"chat"``, ``"completion"`` or a plugin's own word.
         headers: The HTTP headers, lower-case names, for middleware; secrets removed.
         metadata: Free for middleware to pass values along.
@@ -111,6 +112,7 @@ class Request(msgspec.Struct, kw_only=True):
     arrival_s: float = 0.0
     queue_deadline_s: float | None = None
     deadline_s: float | None = None
+    cache_salt: str = ""
     endpoint: str = "completion"
     headers: Mapping[str, str] = {}
     metadata: dict[str, Any] = {}

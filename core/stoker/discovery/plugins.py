@@ -16,6 +16,7 @@ from stoker.interfaces import (
     BackendInfo,
     CommandInfo,
     Descriptor,
+    EvictionInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
@@ -80,6 +81,10 @@ class Plugins:
         """Scheduling policies by name."""
         return self._all("policy", PolicyInfo)
 
+    def evictions(self) -> Mapping[str, EvictionInfo]:
+        """Eviction strategies by name."""
+        return self._all("eviction", EvictionInfo)
+
     def middleware(self) -> Mapping[str, MiddlewareInfo]:
         """Middleware by name, active or not."""
         return self._all("middleware", MiddlewareInfo)
@@ -109,8 +114,8 @@ class Plugins:
         """The descriptor of that kind and name.
 
         Args:
-            kind: ``backend``, ``policy``, ``middleware``, ``observer``, ``model source``, ``route`` or
-                ``command``.
+            kind: ``backend``, ``policy``, ``eviction``, ``middleware``, ``observer``, ``model source``,
+                ``route`` or ``command``.
             name: Its name.
 
         Raises:

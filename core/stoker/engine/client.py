@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from stoker.engine.sequence import Sequence
     from stoker.errors import RequestError
     from stoker.interfaces import (
+        CacheEntry,
+        CacheStats,
         EngineSnapshot,
         LoadSnapshot,
         RuntimeInfo,
@@ -211,6 +213,18 @@ class EngineClient:
     def policy(self) -> SchedulingPolicy:
         """Who orders its requests."""
         return self._engine.policy
+
+    def cache_stats(self) -> CacheStats:
+        """What became of its prefix cache."""
+        return self._engine.scheduler.lanes.stats()
+
+    def cache_entries(self) -> list[CacheEntry]:
+        """The prefixes that its idle lanes and its store of snapshots keep."""
+        return self._engine.scheduler.lanes.entries()
+
+    def pin(self, tokens: Iterable[int]) -> None:
+        """Keep the KV of a prefix once a request has computed it; before that request is submitted."""
+        self._engine.scheduler.lanes.pin(tokens)
 
     def cache_counts(self) -> tuple[int, int]:
         """Prompt tokens looked up in retained KV, and how many of them were found."""

@@ -7,18 +7,21 @@ would throw away much more than it saves. If a busy lane agrees with it for long
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stoker.engine.sequence import NO_LANE
 from stoker.errors import EngineError
+from stoker.interfaces import CacheEntry, CacheStats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stoker.engine.sequence import Sequence
-    from stoker.interfaces import Runtime
+    from stoker.interfaces import EvictionStrategy, Runtime, SnapshotStore
 
 __all__ = ["LanePool", "common_prefix"]
 
@@ -57,7 +60,19 @@ class LanePool:
         num_errors: How often the runtime failed to free or copy KV.
     """
 
-    def __init__(self, runtime: Runtime, *, prefix_reuse: bool = True) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        prefix_reuse: bool = True,
+        eviction: EvictionStrategy | None = None,
+        store: SnapshotStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._eviction = eviction
+        self._store = store
+        self._clock = clock
+        self._pins: list[NDArray[np.int32]] = []
         self._runtime = runtime
         self._prefix_reuse = prefix_reuse
         self._copies = prefix_reuse and runtime.info.capabilities.copy_prefix
@@ -75,6 +90,37 @@ class LanePool:
         self.num_hits = 0
         self.query_tokens = 0
         self.hit_tokens = 0
+
+    def stats(self) -> CacheStats:
+        """Counters; from any thread."""
+        return CacheStats(
+            num_queries=self.num_queries,
+            num_hits=self.num_hits,
+            query_tokens=self.query_tokens,
+            hit_tokens=self.hit_tokens,
+            retained_tokens=self.retained_tokens,
+        )
+
+    def entries(self) -> list[CacheEntry]:
+        """What idle lanes keep; from any thread."""
+        return [
+            CacheEntry(
+                entry_id=lane,
+                tier="lane",
+                tenant="",
+                salt="",
+                num_tokens=len(held),
+                num_bytes=0,
+                created_s=0.0,
+                last_used_s=0.0,
+            )
+            for lane, held in enumerate(self._retained)
+            if len(held)
+        ]
+
+    def pin(self, tokens: Iterable[int]) -> None:
+        """Keep the KV of a prefix once it was computed."""
+        self._pins.append(np.fromiter(tokens, np.int32))
 
     @property
     def num_free(self) -> int:

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
     from stoker.config import CacheConfig, SchedulerConfig
     from stoker.engine.client import RequestStream
-    from stoker.interfaces import Observer, Runtime, SchedulingPolicy
+    from stoker.interfaces import (
+        EvictionStrategy,
+        Observer,
+        Runtime,
+        SchedulingPolicy,
+        SnapshotStore,
+    )
 
 __all__ = ["ModelEngine"]
 
@@ -52,6 +58,8 @@ class ModelEngine:
         tenants: Weights and reservations.
         weight: Share of the device's time, against its other models.
         reader_limits: What a reader that does not read may cost.
+        eviction: Which kept prefix goes first; the least recently used if ``None``.
+        store: Where evicted KV goes; nowhere if ``None``. The engine does not close it.
     """
 
     def __init__(
@@ -66,6 +74,8 @@ class ModelEngine:
         tenants: Tenants | None = None,
         weight: float = 1.0,
         reader_limits: ReaderLimits | None = None,
+        eviction: EvictionStrategy | None = None,
+        store: SnapshotStore | None = None,
     ) -> None:
         info = runtime.info
         self.model = model
@@ -73,7 +83,13 @@ class ModelEngine:
         self.runtime = runtime
         self.clock = clock
         self.max_total_tokens = min(info.context_length, info.kv_capacity_tokens)
-        lanes = LanePool(runtime, prefix_reuse=cache_config.prefix_reuse)
+        lanes = LanePool(
+            runtime,
+            prefix_reuse=cache_config.prefix_reuse,
+            eviction=eviction,
+            store=store,
+            clock=clock,
+        )
         self.scheduler = Scheduler(
             model,
             policy,

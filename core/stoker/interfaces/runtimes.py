@@ -32,6 +32,11 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         copy_prefix: ``copy_prefix`` works.
         snapshot: ``snapshot`` and ``restore`` work.
         embed: ``embed`` works.
+        exact_block: Block length B of the promise that a prompt's KV has the same bits however the prompt was
+            cut, as long as (1) whole blocks of B tokens, at multiples of B, are computed in chunks that start
+            at a multiple of B and are a multiple of B long, and (2) what follows the prompt's last whole
+            block, and generated tokens, are computed in pieces shorter than B. 1: any cut will do.
+        shares_kv: ``copy_prefix`` shares memory instead of copying it; a copied token takes no room.
         lane_locality: Steps over neighbouring lanes are quicker than steps over scattered ones.
     """
 
@@ -39,6 +44,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     copy_prefix: bool = False
     snapshot: bool = False
     embed: bool = False
+    exact_block: int = 1
+    shares_kv: bool = False
     lane_locality: bool = False
 
 
