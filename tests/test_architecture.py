@@ -31,7 +31,7 @@ PUBLIC = {
     *("RouteInfo", "Runtime", "RuntimeInfo", "SamplingParams", "SchedulingPolicy", "SequenceView"),
     *("ServedModel", "ServerContext", "StepInput", "StepOutput", "StepRecord", "StokerError"),
     *("CacheEntry", "CacheStats", "Eviction", "EvictionInfo", "EvictionStrategy", "SnapshotStore"),
-    "StoredPrefix",
+    *("CacheReport", "StoreStats", "StoredPrefix", "TierUsage"),
     *("EngineSnapshot", "MAX_DEFERRED", "MAX_PASSED", "MAX_VIEWS", "PermissionDeniedError"),
     *("Preemption", "RequestCancelledError", "RequestNotFoundError", "ScheduledTokens"),
     *("SequenceTrace", "SlowReaderError", "StepCost", "TenantConfig", "TenantLoad", "TenantShare"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from stoker.config import AdmissionConfig
     from stoker.engine.client import RequestStream
     from stoker.interfaces import (
+        CacheReport,
         EngineSnapshot,
         LoadSnapshot,
         Middleware,
@@ -193,6 +194,10 @@ class Router:
     def snapshot(self, model: str) -> EngineSnapshot:
         """What a model is doing now."""
         return self._find(model).client.snapshot()
+
+    def cache(self, model: str) -> CacheReport:
+        """What became of a model's prefix cache."""
+        return self._find(model).client.cache_report()
 
     def policy(self, model: str) -> SchedulingPolicy:
         """The policy that schedules a model."""

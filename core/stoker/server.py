@@ -25,6 +25,7 @@ from stoker.errors import ConfigError, ModelError
 from stoker.history import History
 from stoker.interfaces import (
     BackendInfo,
+    CacheReport,
     EngineSnapshot,
     LoadSettings,
     LoadSnapshot,
@@ -98,6 +99,10 @@ class Server(ServerContext):
     def snapshot(self, model: str) -> EngineSnapshot:
         """What a model is doing now."""
         return self.router.snapshot(model)
+
+    def cache(self, model: str) -> CacheReport:
+        """What became of a model's prefix cache."""
+        return self.router.cache(model)
 
     def policy(self, model: str) -> SchedulingPolicy:
         """The policy that schedules a model."""

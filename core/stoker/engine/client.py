@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
+from stoker.interfaces import CacheReport
 from stoker.types import Delta, Request, RequestRecord, SequenceTrace
 
 if TYPE_CHECKING:
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from stoker.errors import RequestError
     from stoker.interfaces import (
         CacheEntry,
-        CacheStats,
         EngineSnapshot,
         LoadSnapshot,
         RuntimeInfo,
         SchedulingPolicy,
+        SnapshotStore,
         TenantLoad,
         Tokenizer,
     )
@@ -161,11 +162,15 @@ class EngineClient:
     Args:
         engine: The model's engine.
         loop: The loop of its device.
+        store: The engine's store of snapshots, if it has one.
     """
 
-    def __init__(self, engine: ModelEngine, loop: EngineLoop) -> None:
+    def __init__(
+        self, engine: ModelEngine, loop: EngineLoop, store: SnapshotStore | None = None
+    ) -> None:
         self._engine = engine
         self._loop = loop
+        self._store = store
 
     @property
     def info(self) -> RuntimeInfo:
@@ -214,9 +219,12 @@ class EngineClient:
         """Who orders its requests."""
         return self._engine.policy
 
-    def cache_stats(self) -> CacheStats:
+    def cache_report(self) -> CacheReport:
         """What became of its prefix cache."""
-        return self._engine.scheduler.lanes.stats()
+        return CacheReport(
+            lanes=self._engine.scheduler.lanes.stats(),
+            store=None if self._store is None else self._store.stats(),
+        )
 
     def cache_entries(self) -> list[CacheEntry]:
         """The prefixes that its idle lanes and its store of snapshots keep."""

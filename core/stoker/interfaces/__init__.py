@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from stoker.interfaces.caching import (
     CacheEntry,
+    CacheReport,
     CacheStats,
     Eviction,
     EvictionStrategy,
     SnapshotStore,
     StoredPrefix,
+    StoreStats,
+    TierUsage,
 )
 from stoker.interfaces.descriptors import (
     API_VERSION,
@@ -63,6 +66,7 @@ __all__ = [
     "Backend",
     "BackendInfo",
     "CacheEntry",
+    "CacheReport",
     "CacheStats",
     "Capabilities",
     "CommandInfo",
@@ -89,8 +93,10 @@ __all__ = [
     "ServerContext",
     "SnapshotStore",
     "StepCost",
+    "StoreStats",
     "StoredPrefix",
     "TenantLoad",
     "TenantShare",
+    "TierUsage",
     "Tokenizer",
 ]

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheEntry",
+    "CacheReport",
     "CacheStats",
     "Eviction",
     "EvictionStrategy",
     "SnapshotStore",
+    "StoreStats",
     "StoredPrefix",
+    "TierUsage",
 ]
 
 Tier = Literal["lane", "host", "disk"]
@@ -150,6 +153,60 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     recent: Sequence[Eviction] = ()
 
 
+class TierUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What lies in a tier of the store of snapshots.
+
+    Attributes:
+        num_entries: Snapshots.
+        num_tokens: Tokens whose KV they hold.
+        num_bytes: Their size.
+        capacity_bytes: Most bytes there may be.
+    """
+
+    num_entries: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    capacity_bytes: int = 0
+
+
+class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the store of snapshots of a model since the start.
+
+    Attributes:
+        tiers: What lies in ``host`` and ``disk`` now; only the tiers there are.
+        num_hits: Snapshots handed out.
+        evictions: Snapshots that left a tier, by reason: ``bytes`` (too much), ``ttl`` (too old),
+            ``replaced`` (a longer one holds the same), ``damaged`` (its file could not be used),
+            ``unwritten`` (the disk could not keep up or failed) or ``cleared`` (an administrator asked).
+        evicted_tokens: Their tokens.
+        num_damaged: Files that were ignored and removed: short, corrupt, or of another model or format.
+        num_strategy_errors: How often the eviction strategy failed.
+        disk_problem: Why there is no disk tier though one is configured; empty if there is.
+        recent: The last evictions, oldest first.
+    """
+
+    tiers: Mapping[str, TierUsage] = {}
+    num_hits: int = 0
+    evictions: Mapping[str, int] = {}
+    evicted_tokens: Mapping[str, int] = {}
+    num_damaged: int = 0
+    num_strategy_errors: int = 0
+    disk_problem: str = ""
+    recent: Sequence[Eviction] = ()
+
+
+class CacheReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The prefix cache of a model, lanes and snapshots.
+
+    Attributes:
+        lanes: The first tier: what idle lanes keep.
+        store: The second one; ``None`` if there is none.
+    """
+
+    lanes: CacheStats = CacheStats()
+    store: StoreStats | None = None
+
+
 class StoredPrefix(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A snapshot that begins as a request does.
 
@@ -173,8 +230,8 @@ class StoredPrefix(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class SnapshotStore(ABC):
     """The second tier: snapshots of evicted lanes.
 
-    ``entries`` may be called from any thread, all else comes from the engine's. Whatever a method raises
-    is counted and costs no more than the hit.
+    ``entries`` and ``stats`` may be called from any thread, all else comes from the engine's. Whatever a
+    method raises is counted and costs no more than the hit.
     """
 
     @abstractmethod
@@ -208,15 +265,39 @@ class SnapshotStore(ABC):
 
     @abstractmethod
     def get(self, key: str) -> bytes | None:
-        """A snapshot's bytes, as they were put; ``None`` if it is gone or damaged. Counts as a hit."""
+        """A snapshot's bytes, as they were put; ``None`` if it is gone, damaged or not ready.
+
+        Counts as a hit.
+        """
+
+    def is_ready(self, key: str, timeout_s: float = 0.0) -> bool:
+        """Whether ``get`` would not have to read from disk.
+
+        If it would, reading begins, on another thread: ask as soon as a request that could use the snapshot
+        is queued, and again when it is its turn. A snapshot that turns out to be damaged is dropped: it is
+        not ready then, and ``match`` does not find it again.
+
+        Args:
+            key: Of a ``StoredPrefix``.
+            timeout_s: Wait so long for it; for when nobody else is held up by that.
+        """
+        return True
 
     @abstractmethod
     def evict(self, now_s: float) -> int:
         """Drop what is too old or too much; returns how many. Called now and then."""
 
+    def clear(self) -> int:
+        """Drop everything; returns how many snapshots that were."""
+        return 0
+
     @abstractmethod
     def entries(self) -> list[CacheEntry]:
         """What is kept, from any thread."""
+
+    def stats(self) -> StoreStats:
+        """Counters, from any thread."""
+        return StoreStats()
 
     @abstractmethod
     def close(self) -> None:
