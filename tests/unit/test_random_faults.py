@@ -346,7 +346,10 @@ class Life:
             if lane in owned:
                 assert held == owned[lane].num_computed, "KV and sequence disagree"
             elif lane not in lanes._unknown:
-                assert held == len(lanes._retained[lane]), "KV and retained tokens disagree"
+                kept = lanes.retention.kept.get(lane)
+                assert held == (0 if kept is None else len(kept.tokens)), "KV and kept disagree"
+                assert lanes._tree.depth(lane) == held, "KV and the tree disagree"
+            assert lanes._tree.depth(lane) <= held or lane in lanes._unknown
 
     def _check_queues(self) -> None:
         scheduler = self.engine.scheduler

@@ -83,12 +83,9 @@ class ModelEngine:
         self.runtime = runtime
         self.clock = clock
         self.max_total_tokens = min(info.context_length, info.kv_capacity_tokens)
+        tenants = tenants or Tenants()
         lanes = LanePool(
-            runtime,
-            prefix_reuse=cache_config.prefix_reuse,
-            eviction=eviction,
-            store=store,
-            clock=clock,
+            runtime, cache_config, tenants=tenants, eviction=eviction, store=store, clock=clock
         )
         self.scheduler = Scheduler(
             model,
@@ -97,7 +94,7 @@ class ModelEngine:
             scheduler_config,
             info.max_step_tokens,
             clock,
-            tenants or Tenants(),
+            tenants,
         )
         self.policy = policy
         self._readers = SlowReaders(self.scheduler, reader_limits or ReaderLimits())
@@ -339,6 +336,7 @@ class ModelEngine:
         # alone, or neither the culprit nor the others would ever get anywhere.
         while sequence.num_computed < known and sequence.sequence_id in running:
             chunk = min(known - sequence.num_computed, self.scheduler.token_budget)
+            chunk = self.scheduler.lanes.blocks.piece(sequence, chunk)
             self._compute(Plan(prefills=[(sequence, chunk)]), gaps, outbox)
         if sequence.sequence_id in running:
             alone = (

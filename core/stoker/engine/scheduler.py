@@ -74,7 +74,7 @@ class Scheduler:
         self.waiting: dict[int, Sequence] = {}
         self.running: dict[int, Sequence] = {}
         self.paused: dict[int, Sequence] = {}
-        self.costs = CostModel()
+        self.costs = lanes.costs.steps = CostModel()
         self.num_preemptions = 0
         self._admission = Admission(self, config)
         self._admitted: list[Sequence] = []
@@ -273,6 +273,7 @@ class Scheduler:
         shares = _default_shares(prefilling, budget) if chosen is None else dict(chosen)
         if self.target_step_s:
             self._finish_short(shares, prefilling, plan, is_mixed=num_decoding > 0)
+        shares = self.lanes.blocks.fit(shares, prefilling)
         plan.prefills = [(s, shares[s.sequence_id]) for s in prefilling if shares[s.sequence_id]]
 
     def _finish_short(
