@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from stoker.config import AdmissionConfig
     from stoker.engine.client import RequestStream
     from stoker.interfaces import (
+        CacheEntry,
         CacheReport,
         EngineSnapshot,
         LoadSnapshot,
@@ -198,6 +199,14 @@ class Router:
     def cache(self, model: str) -> CacheReport:
         """What became of a model's prefix cache."""
         return self._find(model).client.cache_report()
+
+    def cache_entries(self, model: str) -> list[CacheEntry]:
+        """The prefixes that a model keeps."""
+        return self._find(model).client.cache_entries()
+
+    async def clear_cache(self, model: str) -> int:
+        """Drop the prefixes that a model keeps, but for pinned ones; returns how many that were."""
+        return await self._find(model).client.clear_cache()
 
     def policy(self, model: str) -> SchedulingPolicy:
         """The policy that schedules a model."""

@@ -230,6 +230,15 @@ class EngineClient:
         """The prefixes that its idle lanes and its store of snapshots keep."""
         return self._engine.scheduler.lanes.entries()
 
+    async def clear_cache(self) -> int:
+        """Drop the prefixes that are kept, but for pinned ones; returns how many that were.
+
+        Raises:
+            UnavailableError: The loop has ended.
+        """
+        lanes = self._engine.scheduler.lanes
+        return await asyncio.wrap_future(self._loop.post_call(lanes.clear))
+
     def pin(self, tokens: Iterable[int]) -> None:
         """Keep the KV of a prefix once a request has computed it; before that request is submitted."""
         self._engine.scheduler.lanes.pin(tokens)

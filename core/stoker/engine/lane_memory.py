@@ -182,6 +182,14 @@ class LaneMemory:
         lanes = [*(plain or protection), *self._unknown]
         return sum([self._evict(lane, "no_room") for lane in lanes]) > 0
 
+    def clear(self) -> int:
+        """Drop what idle lanes and the store keep, but for pinned prefixes; how many prefixes that were."""
+        protection = self.retention.order(self._busy())
+        before = self.retention.kept.keys() | set()
+        for lane, pin in protection.items():
+            self._evict(lane, "cleared", max(pin, 0))
+        return len(before - self.retention.kept.keys()) + self._tier.clear()
+
     def recover(self) -> None:
         """Try again to free the lanes that the runtime failed to free."""
         for lane in list(self._unknown):
@@ -207,7 +215,7 @@ class LaneMemory:
     def _give_up(self, lane: int, kept: Kept, reason: str, num_kept: int) -> None:
         """Note an eviction, and save what is lost if that is worth while; before the lane is cut."""
         stored = False
-        if reason != "ttl":
+        if reason not in ("ttl", "cleared"):
             holders = self._tree.match(kept.scope, kept.tokens)
             elsewhere = max((n for at, n in holders.items() if at != lane), default=0)
             stored = elsewhere < len(kept.tokens) and self._tier.save(lane, kept)

@@ -166,6 +166,11 @@ class LanePool(LaneMemory):
                     found[lane] = usable
         return found
 
+    def prefetch(self, sequence: Sequence) -> None:
+        """Begin to bring what a sequence that was just queued will want from disk into memory."""
+        scope = self.retention.scope_of(sequence.request)
+        self._tier.prefetch(sequence.tokens[: sequence.num_tokens - 1], scope)
+
     # ------------------------------------------------------------------ acquire
 
     def acquire(self, sequence: Sequence) -> None:
@@ -239,7 +244,8 @@ class LanePool(LaneMemory):
                 if lane not in self._unknown
             ]
         best = choose(idle, sources, self.costs, shares_kv=self._shares_kv)
-        if (stored := self._tier.match(tokens, scope)) is not None:
+        nothing_runs = len(self._idle) == self.num_lanes
+        if (stored := self._tier.match(tokens, scope, may_wait=nothing_runs)) is not None:
             own = self.blocks.boundary(sequence.num_prompt)
             usable = self.blocks.usable(stored.num_shared, stored.num_block_tokens, own)
             best = restoring(best, idle, stored, usable, self.costs)

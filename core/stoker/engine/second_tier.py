@@ -19,6 +19,7 @@ __all__ = ["SecondTier"]
 logger = logging.getLogger("stoker.cache")
 
 _EXPIRE_EVERY_S = 1.0
+_MAX_PATIENCE_S = 2.0  # for the disk, while nothing else is to be done
 
 T = TypeVar("T")
 
@@ -54,11 +55,36 @@ class SecondTier:
         """What is stored; from any thread."""
         return [] if self._store is None else self._guarded("entries", self._store.entries, [])
 
-    def match(self, tokens: NDArray[np.int32], scope: str) -> StoredPrefix | None:
-        """The snapshot that shares the most tokens with a prompt."""
+    def match(
+        self, tokens: NDArray[np.int32], scope: str, *, may_wait: bool = False
+    ) -> StoredPrefix | None:
+        """The snapshot that saves a prompt the most, if it is in memory; if it is on disk, reading begins.
+
+        Args:
+            tokens: The prompt.
+            scope: Its scope.
+            may_wait: Wait for the disk, for no longer than it takes to compute what is read: nobody else is
+                held up by that.
+        """
         store = self._store
         if store is None:
             return None
+        found = self._find(store, tokens, scope)
+        if found is None or found.tier == "host":
+            return found
+        key = found.key
+        prefill_s = self._costs.prefill_s * found.num_shared
+        patience_s = min(prefill_s, _MAX_PATIENCE_S) if may_wait else 0.0
+        is_ready = self._guarded("is_ready", lambda: store.is_ready(key, patience_s), False)
+        return found if is_ready else None
+
+    def prefetch(self, tokens: NDArray[np.int32], scope: str) -> None:
+        """Begin to read what a request that was just queued will want from disk."""
+        self.match(tokens, scope)
+
+    def _find(
+        self, store: SnapshotStore, tokens: NDArray[np.int32], scope: str
+    ) -> StoredPrefix | None:
         return self._guarded("match", lambda: store.match(tokens, scope), None)
 
     def save(self, lane: int, kept: Kept) -> bool:
@@ -66,7 +92,7 @@ class SecondTier:
         store, tokens = self._store, kept.tokens
         if store is None or not self._costs.is_worth_storing(len(tokens)):
             return False
-        there = self.match(tokens, kept.scope)
+        there = self._find(store, tokens, kept.scope)
         if there is not None and there.num_shared >= len(tokens):
             return True
         return self._guarded("put", lambda: self._save(store, lane, kept), False)
@@ -101,6 +127,10 @@ class SecondTier:
             raise ValueError(f"a snapshot of {stored.num_tokens} tokens restored {held}")
         self._costs.restore.observe(held, self._clock() - started_s)
         return held
+
+    def clear(self) -> int:
+        """Drop everything; returns how many snapshots that were."""
+        return 0 if self._store is None else self._guarded("clear", self._store.clear, 0)
 
     def expire(self) -> None:
         """Let the store drop what is too old, now and then."""

@@ -79,7 +79,8 @@ class Eviction(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         at_s: When.
         reason: ``capacity`` (running requests need the KV memory), ``no_room`` (the runtime found no room
             where the count said there was), ``tokens`` (above ``max_tokens``), ``bytes`` (above
-            ``max_bytes``), ``ttl`` (too old) or ``takeover`` (another request took its lane).
+            ``max_bytes``), ``ttl`` (too old), ``takeover`` (another request took its lane) or ``cleared`` (an
+            administrator asked for it); see ``StoreStats`` for those of snapshots.
         tier: Where it was.
         tenant: Whose it was.
         num_tokens: Tokens that were lost, beyond what the next request still shares.
