@@ -95,6 +95,7 @@ class ModelEngine:
             info.max_step_tokens,
             clock,
             tenants,
+            share_in_flight=cache_config.share_in_flight,
         )
         self.policy = policy
         self._readers = SlowReaders(self.scheduler, reader_limits or ReaderLimits())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from stoker.engine.admission import Admission
 from stoker.engine.costs import CostModel
+from stoker.engine.in_flight import InFlightPrefixes
 from stoker.engine.plan import Plan
 from stoker.engine.policy_guard import PolicyGuard
 from stoker.engine.reservations import Reservations
@@ -44,12 +45,14 @@ class Scheduler:
         max_step_tokens: Most tokens the runtime takes in one step.
         clock: Monotonic seconds.
         tenants: Weights and reservations.
+        share_in_flight: Whether sequences wait for a prefix that another one computes.
 
     Attributes:
         waiting: The queue, in order of arrival (a preempted sequence waits again, at the end).
         running: Who holds a lane.
         paused: Who had one, and waits for its reader.
         costs: What steps cost lately.
+        in_flight: Prefixes that are being computed, and who waits for them.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class Scheduler:
         max_step_tokens: int,
         clock: Callable[[], float],
         tenants: Tenants,
+        *,
+        share_in_flight: bool = True,
     ) -> None:
         self.model = model
         self.policy = PolicyGuard(policy, clock)
@@ -76,6 +81,7 @@ class Scheduler:
         self.paused: dict[int, Sequence] = {}
         self.costs = lanes.costs.steps = CostModel()
         self.num_preemptions = 0
+        self.in_flight = InFlightPrefixes(self, is_on=share_in_flight)
         self._admission = Admission(self, config)
         self._admitted: list[Sequence] = []
         self._next_deadline_s = float("inf")
@@ -120,11 +126,15 @@ class Scheduler:
         except EngineError:
             return
         del self.waiting[sequence.sequence_id]
+        self.in_flight.started(sequence)
         sequence.move_to(SequenceStatus.PREFILL)
         sequence.output_at_admission = sequence.num_output
         if sequence.admitted_s is None:
             sequence.admitted_s = self.clock()
             sequence.facts.admitted_by = rule
+            if sequence.facts.shared_wait_s:
+                waited_s = sequence.facts.shared_wait_s
+                sequence.facts.admitted_by += f"; waited {waited_s:.3f} s for a shared prefix"
             self._admitted.append(sequence)
         self.running[sequence.sequence_id] = sequence
 
@@ -226,6 +236,7 @@ class Scheduler:
         """Admit what fits, then plan one step."""
         if self.waiting:
             self.lanes.recover()
+            self.in_flight.look_around()
             self._admission.admit()
         plan = Plan()
         prefilling: list[Sequence] = []
