@@ -27,6 +27,7 @@ from stoker.interfaces import (
     BackendInfo,
     CacheReport,
     EngineSnapshot,
+    EvictionInfo,
     LoadSettings,
     LoadSnapshot,
     MiddlewareInfo,
@@ -38,9 +39,11 @@ from stoker.interfaces import (
     SchedulingPolicy,
     ServedModel,
     ServerContext,
+    SnapshotStore,
     TenantLoad,
 )
 from stoker.router import RoutedModel, Router
+from stoker.stores import build_store
 from stoker.tenants import Tenants
 from stoker.types import LocalModel
 
@@ -80,6 +83,7 @@ class Server(ServerContext):
         self.loops: dict[str, EngineLoop] = {}
         self.tenants = Tenants(config.tenants)
         self._runtimes: list[Runtime] = []
+        self._stores: list[SnapshotStore] = []
         self._stopped = False
 
     # ------------------------------------------------------------------ ServerContext
@@ -199,6 +203,17 @@ class Server(ServerContext):
             info=runtime.info,
         )
         policy_info = cast(PolicyInfo, self.plugins.require("policy", config.scheduler.policy))
+        eviction_info = cast(EvictionInfo, self.plugins.require("eviction", config.cache.eviction))
+        store = build_store(
+            config.cache,
+            runtime.info,
+            local,
+            info.name,
+            self._make(eviction_info),
+            self.clock,
+        )
+        if store is not None:
+            self._stores.append(store)
         loop = self.loops.get(runtime.info.device)
         if loop is None:
             loop = self.loops[runtime.info.device] = EngineLoop(runtime.info.device, self.clock)
@@ -215,6 +230,8 @@ class Server(ServerContext):
             reader_limits=ReaderLimits(
                 config.server.max_unread_tokens, config.server.reader_timeout_s
             ),
+            eviction=self._make(eviction_info),
+            store=store,
         )
         loop.engines.append(engine)
         template = ChatTemplate(
@@ -223,9 +240,8 @@ class Server(ServerContext):
             bos_token=runtime.info.bos_token,
             eos_token=runtime.info.eos_token,
         )
-        return RoutedModel(
-            served, EngineClient(engine, loop), template, heartbeat_s=lambda: loop.heartbeat_s
-        )
+        client = EngineClient(engine, loop, store)
+        return RoutedModel(served, client, template, heartbeat_s=lambda: loop.heartbeat_s)
 
     def _check_reservations(self, num_lanes: int) -> None:
         """Refuse reservations that would leave nobody else a lane, ever."""
@@ -315,6 +331,9 @@ class Server(ServerContext):
         return all(ended)
 
     def _close_runtimes(self) -> None:
+        for store in self._stores:
+            store.close()
+        self._stores.clear()
         for runtime in self._runtimes:
             runtime.close()
         self._runtimes.clear()

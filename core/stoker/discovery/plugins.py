@@ -214,6 +214,8 @@ class Plugins:
             self._check_section(name, section)
         policy = self._configured("scheduler.policy", "policy", config.scheduler.policy)
         self.options(policy, config)
+        eviction = self._configured("cache.eviction", "eviction", config.cache.eviction)
+        self.options(eviction, config)
         for index, model in enumerate(config.models):
             if model.backend != "auto":
                 where = f"models[{index}].backend"
@@ -272,6 +274,8 @@ class Plugins:
             return self._is_on(kind, descriptor, config)
         if kind == "policy":
             return config.scheduler.policy == name
+        if kind == "eviction":
+            return config.cache.eviction == name
         if kind == "backend":
             wanted = {model.backend for model in config.models} or {"auto"}
             return name in wanted or ("auto" in wanted and self._is_on(kind, descriptor, config))

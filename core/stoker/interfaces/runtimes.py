@@ -69,6 +69,8 @@ class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
         capabilities: What it can do beyond ``step``.
         settings: The effective settings, for the start-up block: ``{"threads": "2"}``.
         warnings: What the user should know, in full sentences.
+        fingerprint: What else a snapshot depends on, beside the model's files and ``settings``: the version
+            of the library that computes it, say.
     """
 
     name: str
@@ -87,6 +89,7 @@ class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: Capabilities = Capabilities()
     settings: Mapping[str, str] = {}
     warnings: Sequence[str] = ()
+    fingerprint: str = ""
 
 
 class Tokenizer(ABC):

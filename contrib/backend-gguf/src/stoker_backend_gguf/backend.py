@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -290,4 +291,5 @@ def _describe(
             if weights.on_gpu
             else "0",
         },
+        fingerprint=f"llama-cpp-python {version('llama-cpp-python')}",
     )
