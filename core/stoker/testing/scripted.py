@@ -229,11 +229,9 @@ class ScriptedRuntime(Runtime):
 
     def expected_text(self, prompt: list[int], num_tokens: int) -> str:
         """What this model writes after a prompt: the truth that tests compare with."""
-        state = np.zeros(1, np.uint64)
         block = self.options.exact_block
         in_blocks = len(prompt) - len(prompt) % block if block > 1 else 0
-        for at, token in enumerate(prompt):
-            state = _mix(state, token ^ (_WHOLE_BLOCK if at < in_blocks else 0))
+        state = np.array([self.state_after(prompt, in_blocks)], np.uint64)
         written = bytearray()
         for _ in range(num_tokens):
             token = int(self._next_tokens(state)[0])
@@ -242,6 +240,14 @@ class ScriptedRuntime(Runtime):
             written.append(token)
             state = _mix(state, token)
         return written.decode()
+
+    @staticmethod
+    def state_after(tokens: list[int], num_in_blocks: int) -> int:
+        """What a lane holds after ``tokens``, of which the first ones were computed as whole blocks."""
+        state = 0
+        for at, token in enumerate(tokens):
+            state = _mix_one(state, token ^ (_WHOLE_BLOCK if at < num_in_blocks else 0))
+        return state
 
 
 def _mix(states: NDArray[np.uint64], tokens: NDArray[np.int32] | int) -> NDArray[np.uint64]:
