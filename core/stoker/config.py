@@ -40,6 +40,8 @@ class ServerConfig(Section, frozen=True, kw_only=True):
         api_keys_file: A file with one key per line, added to ``api_keys``; ``#`` starts a comment.
         tenant_keys_file: The file that ``stoker keys`` keeps: digests of the tenants' keys.
         trusted_proxies: Addresses or networks that may name the tenant in ``x-stoker-tenant``.
+        admins: Tenants that may see and empty everybody's caches; by default whoever comes without a key
+            while there are none, and whoever has one of ``api_keys``.
         cors_origins: Origins that browsers may call from; ``*`` for any.
         max_body_bytes: Largest request body; larger ones get 413.
         strict: Refuse unknown and unsupported request parameters instead of naming them in a header.
@@ -59,6 +61,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     api_keys_file: str | None = None
     tenant_keys_file: str | None = None
     trusted_proxies: list[str] = []
+    admins: list[str] = msgspec.field(default_factory=lambda: ["anonymous", "default"])
     cors_origins: list[str] = []
     max_body_bytes: int = 4 * 1024 * 1024
     strict: bool = False

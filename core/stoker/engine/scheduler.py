@@ -91,6 +91,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence into the queue."""
         self.waiting[sequence.sequence_id] = sequence
+        self.lanes.prefetch(sequence)
         request = sequence.request
         for deadline in (request.queue_deadline_s, request.deadline_s):
             if deadline is not None:
@@ -368,7 +369,6 @@ class Scheduler:
             victims.sort(key=lambda s: self.reservations.is_protected(running, s))
         victim = victims[0]
         self.preempt(victim, "no_room")
-        self.lanes.evict_all()
         if victim in plan.decodes:
             plan.decodes.remove(victim)
         plan.prefills = [(s, count) for s, count in plan.prefills if s is not victim]
