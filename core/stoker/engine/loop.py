@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from stoker.engine.client import RequestStream, deliver
@@ -176,6 +177,8 @@ class EngineLoop:
         ready = [engine for engine in self.engines if engine.has_work]
         if not ready:
             self._had_work.clear()
+            for engine in self.engines:
+                self._attempt(engine, partial(_tidy, engine))
             return False
         engine = ready[0] if len(ready) == 1 else self._next(ready)
         self._had_work = set(ready)
@@ -263,3 +266,8 @@ class EngineLoop:
                 for stream in {stream for stream, _ in batch}:
                     for engine in self.engines:
                         engine.abort(stream, [])
+
+
+def _tidy(engine: ModelEngine, _: Outbox) -> None:
+    """Drop kept prefixes that are too old, also while nothing runs."""
+    engine.scheduler.lanes.expire()
