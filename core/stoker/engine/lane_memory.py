@@ -219,7 +219,7 @@ class LaneMemory:
             holders = self._tree.match(kept.scope, kept.tokens)
             elsewhere = max((n for at, n in holders.items() if at != lane), default=0)
             stored = elsewhere < len(kept.tokens) and self._tier.save(lane, kept)
-        pin = self.retention.order(self._busy()).get(lane, 0)
+        pin = self.retention.order(self._busy()).get(lane, 0) if self.retention.pins else 0
         self.retention.count(
             kept, reason, len(kept.tokens) - num_kept, stored=stored, pin=pin > num_kept
         )
@@ -251,7 +251,7 @@ class LaneMemory:
 def _blocks(runtime: Runtime, config: CacheConfig) -> ExactBlocks:
     """The rule that prompts are cut by."""
     info = runtime.info
-    block = info.capabilities.exact_block if config.exact and config.prefix_reuse else 1
+    block = info.capabilities.exact_block if config.exact else 1
     if block > max(1, info.max_step_tokens - info.num_lanes):
         logger.warning(
             "exact prefix reuse of %s needs steps of at least %d tokens, and they have %d: the text of "

@@ -68,6 +68,7 @@ class LanePool(LaneMemory):
         can = runtime.info.capabilities
         self._lane_locality = can.lane_locality
         self._shares_kv = can.shares_kv
+        self._resets = can.truncation == "reset"
         self.copies = config.prefix_reuse and can.copy_prefix
         # What was known of the prefix that a busy lane began with: when it was first kept, and its hits.
         self._history: dict[int, tuple[float, int]] = {}
@@ -248,7 +249,9 @@ class LanePool(LaneMemory):
         if (stored := self._tier.match(tokens, scope, may_wait=nothing_runs)) is not None:
             own = self.blocks.boundary(sequence.num_prompt)
             usable = self.blocks.usable(stored.num_shared, stored.num_block_tokens, own)
-            best = restoring(best, idle, stored, usable, self.costs)
+            # Memory that can only be reset has no use for a part of a snapshot.
+            if usable == stored.num_tokens or not self._resets:
+                best = restoring(best, idle, stored, usable, self.costs)
         return best
 
     def _carry_out(self, choice: Choice, sequence: Sequence) -> int | None:
