@@ -138,6 +138,7 @@ class Router:
 
     Attributes:
         draining: Whether new requests are refused.
+        is_warm: Tells whether the warm-up is over.
         num_accepted: Requests accepted so far.
         num_active: Requests that run or wait.
         idle: Set while there are none.
@@ -152,6 +153,7 @@ class Router:
     clock: Callable[[], float] = time.monotonic
     stalled_after_s: float = 120.0
     draining: bool = False
+    is_warm: Callable[[], bool] = lambda: True
     num_accepted: int = 0
     num_active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -232,8 +234,13 @@ class Router:
         )
 
     def ready(self) -> bool:
-        """Whether new requests are taken."""
-        return not self.draining and self.health().status == "ok"
+        """Whether new requests should come here: none are refused, and the caches are warm."""
+        return self.readiness() == "ok"
+
+    def readiness(self) -> str:
+        """The status of ``/health``, or ``warming`` while what is configured to be computed first is not."""
+        status = self.health().status
+        return "warming" if status == "ok" and not self.is_warm() else status
 
     # ------------------------------------------------------------------ requests
 

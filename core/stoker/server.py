@@ -46,6 +46,7 @@ from stoker.router import RoutedModel, Router
 from stoker.stores import build_store
 from stoker.tenants import Tenants
 from stoker.types import LocalModel
+from stoker.warm_up import WarmUp, read_warm_up
 
 if TYPE_CHECKING:
     from stoker.api.access import Application
@@ -68,12 +69,14 @@ class Server(ServerContext):
     Attributes:
         router: What requests go to.
         app: The ASGI application.
+        warm_up: What is computed before anybody asks.
         loops: One loop for each device.
         tenants: Their settings; they change when the configuration is read again.
     """
 
     router: Router
     app: Application
+    warm_up: WarmUp
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.config = config
@@ -141,6 +144,7 @@ class Server(ServerContext):
             info.name: self._make(info)
             for info in cast(list[ObserverInfo], self.plugins.active("observer", self.config))
         }
+        lines = read_warm_up(self.config)  # before loading, which takes its time
         routed = [self._load_model(model) for model in self.config.models or [ModelConfig()]]
         ids = [model.served.model_id for model in routed]
         if twice := {model_id for model_id in ids if ids.count(model_id) > 1}:
@@ -164,7 +168,15 @@ class Server(ServerContext):
         handlers: list[Any] = []
         for route in cast(list[RouteInfo], self.plugins.active("route", self.config)):
             handlers += self._make(route, self)
-        self.app = build_app(self.config, self.router, route_handlers=handlers)
+        self.warm_up = WarmUp(self.config, lines, routed, self.clock)
+        self.router.is_warm = lambda: self.warm_up.is_done
+        self.app = build_app(
+            self.config,
+            self.router,
+            route_handlers=handlers,
+            on_startup=[self.warm_up.start],
+            on_shutdown=[self.warm_up.stop],
+        )
         if self.app.keys.is_required and not self.app.keys:
             logger.warning("there is no key yet: `stoker keys new TENANT` makes one")
 

@@ -303,7 +303,12 @@ class CancelledRequest(msgspec.Struct, kw_only=True):
 
 
 class Readiness(msgspec.Struct, kw_only=True):
-    """The body of ``/ready``."""
+    """The body of ``/ready``.
+
+    Attributes:
+        ready: Whether requests should be sent here.
+        status: That of ``/health``, or ``warming``: requests are taken, but the warm-up is not over.
+    """
 
     ready: bool
     status: str
