@@ -27,7 +27,7 @@ from stoker.interfaces import (
     BackendInfo,
     CacheReport,
     EngineSnapshot,
-    EvictionInfo,
+    EvictionStrategy,
     LoadSettings,
     LoadSnapshot,
     MiddlewareInfo,
@@ -185,6 +185,11 @@ class Server(ServerContext):
         options = self.plugins.options(info, self.config)
         return info.factory(*arguments) if options is None else info.factory(*arguments, options)
 
+    def _eviction(self) -> EvictionStrategy | None:
+        """A strategy of the kind that is asked for; ``None`` for the core's own."""
+        info = self.plugins.eviction(self.config)
+        return None if info is None else cast(EvictionStrategy, self._make(info))
+
     def _load_model(self, model: ModelConfig) -> RoutedModel:
         config = self.config
         local = resolve_model(model.model, self.plugins, progress=True)
@@ -215,13 +220,12 @@ class Server(ServerContext):
             info=runtime.info,
         )
         policy_info = cast(PolicyInfo, self.plugins.require("policy", config.scheduler.policy))
-        eviction_info = cast(EvictionInfo, self.plugins.require("eviction", config.cache.eviction))
         store = build_store(
             config.cache,
             runtime.info,
             local,
             info.name,
-            self._make(eviction_info),
+            self._eviction(),
             self.clock,
         )
         if store is not None:
@@ -242,7 +246,7 @@ class Server(ServerContext):
             reader_limits=ReaderLimits(
                 config.server.max_unread_tokens, config.server.reader_timeout_s
             ),
-            eviction=self._make(eviction_info),
+            eviction=self._eviction(),
             store=store,
         )
         loop.engines.append(engine)

@@ -31,7 +31,7 @@ def build_store(
     info: RuntimeInfo,
     model: LocalModel,
     backend: str,
-    strategy: EvictionStrategy,
+    strategy: EvictionStrategy | None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TieredStore | None:
     """The store that ``[cache]`` asks for; ``None`` if it asks for none, or the runtime has no snapshots.
@@ -43,7 +43,7 @@ def build_store(
         info: The runtime's facts.
         model: The model on disk.
         backend: Which backend loaded it.
-        strategy: Which snapshot goes first.
+        strategy: Which snapshot goes first; the least recently used if ``None``.
         clock: Monotonic seconds.
     """
     if not (config.prefix_reuse and (config.host_bytes or config.disk_bytes)):

@@ -214,8 +214,9 @@ class Plugins:
             self._check_section(name, section)
         policy = self._configured("scheduler.policy", "policy", config.scheduler.policy)
         self.options(policy, config)
-        eviction = self._configured("cache.eviction", "eviction", config.cache.eviction)
-        self.options(eviction, config)
+        eviction = self.eviction(config)
+        if eviction is not None:
+            self.options(eviction, config)
         for index, model in enumerate(config.models):
             if model.backend != "auto":
                 where = f"models[{index}].backend"
@@ -224,6 +225,20 @@ class Plugins:
         for kind in HOOKS:
             for descriptor in self.active(kind, config):
                 self.options(descriptor, config)
+
+    def eviction(self, config: Config) -> EvictionInfo | None:
+        """The eviction strategy that is asked for; ``None`` for the core's own.
+
+        That is what the default stands for where no plugin offers it, as in ``Plugins.of``.
+
+        Raises:
+            ConfigError: Nobody offers it.
+            PluginError: Its plugin is broken, refused or contested.
+        """
+        name = config.cache.eviction
+        if name == type(config.cache)().eviction and self._lookup("eviction", name) is None:
+            return None
+        return cast(EvictionInfo, self._configured("cache.eviction", "eviction", name))
 
     def _configured(self, setting: str, kind: Kind, name: str) -> Descriptor:
         try:
