@@ -25,7 +25,7 @@ from stoker.tenants import Tenants
 
 if TYPE_CHECKING:
     from stoker.engine.sequence import Sequence
-    from stoker.interfaces import EvictionStrategy, Runtime, SnapshotStore
+    from stoker.interfaces import EvictionStrategy, Runtime, SnapshotStore, StoredPrefix
 
 __all__ = ["LanePool"]
 
@@ -263,13 +263,12 @@ class LanePool(LaneMemory):
         lane, wanted = choice.lane, choice.num_tokens
         own = self.blocks.boundary(sequence.num_prompt)
         self._history.pop(lane, None)
-        if choice.way in (Way.NONE, Way.TAKEOVER):
+        if choice.stored is not None and choice.way is Way.RESTORE:
+            kept = self._restore(choice.stored, lane, wanted)
+        elif choice.way in (Way.NONE, Way.TAKEOVER):
             kept = self._take_over(lane, wanted, sequence)
         elif not self._evict(lane, "takeover"):
             return None
-        elif choice.way is Way.RESTORE and choice.stored is not None:
-            self._make_room_for(wanted)
-            kept = self._cut(lane, self._tier.restore(lane, choice.stored), wanted)
         else:
             kept = self._copy(choice.source, lane, wanted)
         # Less than was asked for may be a length that this sequence cannot go on from.
@@ -308,8 +307,15 @@ class LanePool(LaneMemory):
             kept.last_used_s = self._clock()
         return num_tokens
 
-    def _cut(self, lane: int, held: int, wanted: int) -> int | None:
-        """Cut a restored lane; whatever a restore that failed has left in it is freed."""
+    def _restore(self, stored: StoredPrefix, lane: int, wanted: int) -> int | None:
+        """Bring a snapshot into a lane, and cut it."""
+        snapshot = self._tier.fetch(stored)
+        if not self._evict(lane, "takeover"):
+            return None
+        if snapshot is None or not self._make_room_for(stored.num_tokens):
+            return 0
+        held = self._tier.restore(lane, stored, snapshot)
+        # Whatever a restore that failed has left is freed.
         return self._truncate(lane, wanted if held >= wanted else 0)
 
     # ------------------------------------------------------------------ release

@@ -106,22 +106,23 @@ class SecondTier:
             store.put(kept.tokens, kept.scope, kept.tenant, snapshot, worth_s, kept.num_block)
         )
 
-    def restore(self, lane: int, stored: StoredPrefix) -> int:
+    def fetch(self, stored: StoredPrefix) -> bytes | None:
+        """A snapshot's bytes, before anything is evicted for it: that could drop just this one."""
+        store = self._store
+        if store is None:
+            return None
+        return self._guarded("get", lambda: store.get(stored.key), None)
+
+    def restore(self, lane: int, stored: StoredPrefix, snapshot: bytes) -> int:
         """Bring a snapshot into an empty lane.
 
         Returns:
             Tokens that the lane holds now; 0 if it failed (whatever is in the lane then is not to be used).
         """
-        store = self._store
-        return (
-            0 if store is None else self._guarded("get", lambda: self._get(store, lane, stored), 0)
-        )
+        return self._guarded("restore", lambda: self._restore(lane, stored, snapshot), 0)
 
-    def _get(self, store: SnapshotStore, lane: int, stored: StoredPrefix) -> int:
+    def _restore(self, lane: int, stored: StoredPrefix, snapshot: bytes) -> int:
         started_s = self._clock()
-        snapshot = store.get(stored.key)
-        if snapshot is None:
-            return 0
         held = int(self._runtime.restore(lane, snapshot))
         if held != stored.num_tokens:
             raise ValueError(f"a snapshot of {stored.num_tokens} tokens restored {held}")

@@ -208,8 +208,12 @@ class TieredStore(SnapshotStore):
         while True:
             self._settle()
             snapshot = self._index.of_key(key)
-            if snapshot is None or snapshot.payload is not None:
-                return snapshot is not None
+            if snapshot is None:
+                return False
+            if snapshot.payload is not None:
+                # Also if it is there only until it is written: who asks will want it.
+                self._take_into_host(snapshot, snapshot.payload)
+                return True
             if self._disk is not None and not snapshot.is_reading:
                 snapshot.is_reading = self._disk.read(snapshot.number, key)
             left_s = deadline_s - time.monotonic()
@@ -443,6 +447,7 @@ class TieredStore(SnapshotStore):
             len(outcome.snapshot) / max(outcome.seconds, 1e-6) - self._disk_bytes_per_s
         )
         if snapshot.payload is None:
+            snapshot.last_used_s = self._clock()  # somebody waits for it: it is not to go at once
             self._take_into_host(snapshot, outcome.snapshot)
 
     def _count_damaged(self, what: str) -> None:
