@@ -325,15 +325,17 @@ class LanePool(LaneMemory):
         lane = sequence.lane
         if lane == NO_LANE:
             return
-        num_held = sequence.num_computed if self._prefix_reuse else 0
+        wanted = sequence.num_computed if self._prefix_reuse else 0
         self._owner[lane] = None
         self._idle[lane] = None
         created_s, num_hits = self._history.pop(lane, (self._clock(), 0))
         sequence.lane = NO_LANE
         sequence.num_computed = 0
-        if not num_held:  # or nobody knows what it holds
+        # While a failed step is looked into, a lane may hold more than is known of it.
+        num_held = self._truncate(lane, wanted)
+        if not num_held or num_held < self._tree.depth(lane):
             self._tree.remove(lane)
-            self._evict(lane, "failure")
+        if not num_held:
             return
         kept = Kept(
             tokens=sequence.tokens[:num_held].copy(),
