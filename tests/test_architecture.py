@@ -31,6 +31,8 @@ PUBLIC = {
     *("RateLimitError", "Request", "RequestError", "RequestRecord", "RequestTooLargeError"),
     *("RouteInfo", "Runtime", "RuntimeInfo", "SamplingParams", "SchedulingPolicy", "SequenceView"),
     *("ServedModel", "ServerContext", "StepInput", "StepOutput", "StepRecord", "StokerError"),
+    *("CacheEntry", "CacheStats", "Eviction", "EvictionInfo", "EvictionStrategy", "SnapshotStore"),
+    *("CacheReport", "StoreStats", "StoredPrefix", "TierUsage"),
     *("EngineSnapshot", "MAX_DEFERRED", "MAX_PASSED", "MAX_VIEWS", "PermissionDeniedError"),
     *("Preemption", "RequestCancelledError", "RequestNotFoundError", "ScheduledTokens"),
     *("SequenceTrace", "SlowReaderError", "StepCost", "TenantConfig", "TenantLoad", "TenantShare"),

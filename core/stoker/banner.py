@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["print_banner"]
 
 
-def print_banner(context: ServerContext, address: str) -> None:
-    """Print model, backend, policy, lanes, KV memory and address to standard error."""
+def print_banner(context: ServerContext, address: str, warm_up: str = "") -> None:
+    """Print model, backend, policy, lanes, KV memory and address to standard error.
+
+    Args:
+        context: The server.
+        address: Where it answers, without ``/v1``.
+        warm_up: What is being computed before anybody asks; empty if nothing is.
+    """
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
@@ -24,11 +30,27 @@ def print_banner(context: ServerContext, address: str) -> None:
             table.add_row(name, value)
     scheduler = context.config.scheduler
     table.add_row("policy", f"{scheduler.policy}, {scheduler.max_num_batched_tokens} tokens a step")
+    if snapshots := _snapshots(context):
+        table.add_row("snapshots", snapshots)
+    if warm_up:
+        table.add_row("warm-up", warm_up)
     table.add_row("address", f"{address}/v1")
     if not _has_keys(context.config):
         table.add_row("access", "no API keys: whoever reaches the address may use it")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(table)
+
+
+def _snapshots(context: ServerContext) -> str:
+    """Where evicted KV goes, of each model that has such a place."""
+    found = []
+    for served in context.models():
+        store = context.cache(served.model_id).store
+        if store is not None:
+            tiers = [f"{_size(tier.capacity_bytes)} {name}" for name, tier in store.tiers.items()]
+            held = sum(tier.num_entries for tier in store.tiers.values())
+            found.append(f"{', '.join(tiers)} ({held} found)" if held else ", ".join(tiers))
+    return "; ".join(found)
 
 
 def _has_keys(config: Config) -> bool:

@@ -38,6 +38,7 @@ class Call(msgspec.Struct, kw_only=True):
         endpoint: ``"chat"`` or ``"completion"``.
         headers: The HTTP headers, lower-case names, without secrets.
         tenant: Who pays.
+        cache_salt: Only requests with the same salt reuse each other's KV.
         group: The id under which an API request of several calls can be asked for and cancelled; by
             default ``request_id``.
     """
@@ -53,6 +54,7 @@ class Call(msgspec.Struct, kw_only=True):
     endpoint: str = "completion"
     headers: Mapping[str, str] = {}
     tenant: str = "anonymous"
+    cache_salt: str = ""
     group: str = ""
 
     @property
@@ -133,6 +135,7 @@ def make_request(
         arrival_s=now_s,
         queue_deadline_s=now_s + queue_timeout_s if queue_timeout_s else None,
         deadline_s=now_s + min(timeouts) if timeouts else None,
+        cache_salt=call.cache_salt,
         endpoint=call.endpoint,
         headers=call.headers,
         metadata={},

@@ -51,9 +51,23 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tenants.max_queue_tokens": _COUNT,
     "tenants.reserved_lanes": _COUNT,
     "tenants.reserved_kv": (0, 1),
+    "tenants.cache_floor_tokens": _COUNT,
+    "cache.ttl_s": (0, math.inf),
+    "cache.max_tokens": _COUNT,
+    "cache.max_bytes": _COUNT,
+    "cache.insert_every": (1, math.inf),
+    "cache.host_bytes": _COUNT,
+    "cache.disk_bytes": _COUNT,
     "performance.threads": (1, math.inf),
 }
-_NOT_EMPTY = ("server.host", "models.model", "models.id", "models.backend", "scheduler.policy")
+_NOT_EMPTY = (
+    "server.host",
+    "models.model",
+    "models.id",
+    "models.backend",
+    "scheduler.policy",
+    "cache.eviction",
+)
 
 _Problem = tuple[str, str]
 """A dotted key and what is wrong with it."""
@@ -152,7 +166,7 @@ def _problems_of_tenants(tenants: list[TenantConfig]) -> Iterator[_Problem]:
 
 
 def _problems_of_everybody(tenant: TenantConfig, where: str) -> Iterator[_Problem]:
-    for field in ("keys", "reserved_lanes", "reserved_kv"):
+    for field in ("keys", "reserved_lanes", "reserved_kv", "cache_floor_tokens"):
         if getattr(tenant, field):
             yield (
                 f"{where}.{field}",

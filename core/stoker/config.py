@@ -40,6 +40,8 @@ class ServerConfig(Section, frozen=True, kw_only=True):
         api_keys_file: A file with one key per line, added to ``api_keys``; ``#`` starts a comment.
         tenant_keys_file: The file that ``stoker keys`` keeps: digests of the tenants' keys.
         trusted_proxies: Addresses or networks that may name the tenant in ``x-stoker-tenant``.
+        admins: Tenants that may see and empty everybody's caches; by default whoever comes without a key
+            while there are none, and whoever has one of ``api_keys``.
         cors_origins: Origins that browsers may call from; ``*`` for any.
         max_body_bytes: Largest request body; larger ones get 413.
         strict: Refuse unknown and unsupported request parameters instead of naming them in a header.
@@ -59,6 +61,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     api_keys_file: str | None = None
     tenant_keys_file: str | None = None
     trusted_proxies: list[str] = []
+    admins: list[str] = msgspec.field(default_factory=lambda: ["anonymous", "default"])
     cors_origins: list[str] = []
     max_body_bytes: int = 4 * 1024 * 1024
     strict: bool = False
@@ -156,6 +159,7 @@ class TenantConfig(Section, frozen=True, kw_only=True):
         max_queue_requests: Most sequences that may wait for one model.
         max_queue_tokens: Most prompt and requested tokens that may wait for one model.
         reserved_lanes: Lanes of each model that are its own whenever it needs them.
+        cache_floor_tokens: Tokens of its kept prefixes, of each model, that go last.
         reserved_kv: Share of each model's KV memory that is its own whenever it needs it, 0 to 1.
     """
 
@@ -171,16 +175,46 @@ class TenantConfig(Section, frozen=True, kw_only=True):
     max_queue_tokens: int = 0
     reserved_lanes: int = 0
     reserved_kv: float = 0.0
+    cache_floor_tokens: int = 0
 
 
 class CacheConfig(Section, frozen=True, kw_only=True):
     """``[cache]``: KV reuse.
 
     Attributes:
-        prefix_reuse: Let a request take over the KV that an idle lane already holds.
+        prefix_reuse: Reuse the KV of a prefix that a lane or a snapshot already holds.
+        exact: Reuse only what the request would have computed with the same bits, by what the runtime
+            promises (see ``Capabilities.exact_block``): greedy text is the same with a hit as without.
+        eviction: Name of the eviction strategy; its options stand in ``[plugins.<eviction>]``.
+        ttl_s: Kept prefixes that nobody used for so long are dropped; 0 for never.
+        max_tokens: Most tokens that idle lanes keep; 0 for as many as they hold.
+        max_bytes: Most bytes of KV that idle lanes keep; 0 for as many as they hold.
+        pin: System prompts, exactly as they are sent, whose KV is computed at start and kept.
+        isolation: ``none``: requests with the same ``cache_salt`` share prefixes. ``tenant``: only those of
+            one tenant.
+        insert_every: Generated tokens after which a running request's KV can be found by others, again.
+        share_in_flight: Let a request wait for another one that computes a prefix which both begin with.
+        host_bytes: Most bytes of host memory for snapshots of evicted lanes; 0 for none.
+        disk_bytes: Most bytes of disk for snapshots; 0 for none.
+        disk_path: Directory of the snapshots on disk; by default in the user's cache directory.
+        warm_up: Files of JSON lines, ``{"messages": [...]}`` or ``{"prompt": "..."}``, that are computed at
+            start.
     """
 
     prefix_reuse: bool = True
+    exact: bool = True
+    eviction: str = "lru"
+    ttl_s: float = 0.0
+    max_tokens: int = 0
+    max_bytes: int = 0
+    pin: list[str] = []
+    isolation: Literal["none", "tenant"] = "none"
+    insert_every: int = 64
+    share_in_flight: bool = True
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    disk_path: str | None = None
+    warm_up: list[str] = []
 
 
 class PerformanceConfig(Section, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stoker.interfaces import (
         BackendInfo,
         CommandInfo,
+        EvictionInfo,
         MiddlewareInfo,
         ModelSourceInfo,
         ObserverInfo,
@@ -59,6 +60,19 @@ def stoker_register_policies() -> Sequence[PolicyInfo]:  # type: ignore[empty-bo
     Ordering: none; ``[scheduler] policy`` names the one that is used.
     Errors: as for backends.
     Example: ``return [PolicyInfo(api_version=1, name="short", summary="...", factory=ShortestPrompt)]``
+    Since: API version 1.
+    """
+
+
+@hookspec
+def stoker_register_evictions() -> Sequence[EvictionInfo]:  # type: ignore[empty-body]
+    """Register eviction strategies: which kept prefix goes first when room is needed.
+
+    When: once, when the process starts.
+    Returns: a list of ``EvictionInfo``; names are unique over all plugins.
+    Ordering: none; ``[cache] eviction`` names the one that is used.
+    Errors: as for backends.
+    Example: ``return [EvictionInfo(api_version=1, name="lru", summary="...", factory=LeastRecentlyUsed)]``
     Since: API version 1.
     """
 

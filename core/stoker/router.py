@@ -29,6 +29,8 @@ from stoker.types import Delta, Request, RequestRecord
 if TYPE_CHECKING:
     from stoker.config import AdmissionConfig
     from stoker.interfaces import (
+        CacheEntry,
+        CacheReport,
         DeltaStream,
         EngineSnapshot,
         LoadSnapshot,
@@ -137,6 +139,7 @@ class Router:
 
     Attributes:
         draining: Whether new requests are refused.
+        is_warm: Tells whether the warm-up is over.
         num_accepted: Requests accepted so far.
         num_active: Requests that run or wait.
         idle: Set while there are none.
@@ -151,6 +154,7 @@ class Router:
     clock: Callable[[], float] = time.monotonic
     stalled_after_s: float = 120.0
     draining: bool = False
+    is_warm: Callable[[], bool] = lambda: True
     num_accepted: int = 0
     num_active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -195,6 +199,18 @@ class Router:
         """What a model is doing now."""
         return self._find(model).client.snapshot()
 
+    def cache(self, model: str) -> CacheReport:
+        """What became of a model's prefix cache."""
+        return self._find(model).client.cache_report()
+
+    def cache_entries(self, model: str) -> list[CacheEntry]:
+        """The prefixes that a model keeps."""
+        return self._find(model).client.cache_entries()
+
+    async def clear_cache(self, model: str) -> int:
+        """Drop the prefixes that a model keeps, but for pinned ones; returns how many that were."""
+        return await self._find(model).client.clear_cache()
+
     def policy(self, model: str) -> SchedulingPolicy:
         """The policy that schedules a model."""
         return self._find(model).client.policy
@@ -219,8 +235,13 @@ class Router:
         )
 
     def ready(self) -> bool:
-        """Whether new requests are taken."""
-        return not self.draining and self.health().status == "ok"
+        """Whether new requests should come here: none are refused, and the caches are warm."""
+        return self.readiness() == "ok"
+
+    def readiness(self) -> str:
+        """The status of ``/health``, or ``warming`` while what is configured to be computed first is not."""
+        status = self.health().status
+        return "warming" if status == "ok" and not self.is_warm() else status
 
     # ------------------------------------------------------------------ requests
 

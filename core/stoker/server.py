@@ -25,7 +25,9 @@ from stoker.errors import ConfigError, ModelError
 from stoker.history import History
 from stoker.interfaces import (
     BackendInfo,
+    CacheReport,
     EngineSnapshot,
+    EvictionStrategy,
     LoadSettings,
     LoadSnapshot,
     MiddlewareInfo,
@@ -37,11 +39,14 @@ from stoker.interfaces import (
     SchedulingPolicy,
     ServedModel,
     ServerContext,
+    SnapshotStore,
     TenantLoad,
 )
 from stoker.router import RoutedModel, Router
+from stoker.stores import build_store
 from stoker.tenants import Tenants
 from stoker.types import LocalModel
+from stoker.warm_up import WarmUp, read_warm_up
 
 if TYPE_CHECKING:
     from stoker.api.access import Application
@@ -64,12 +69,14 @@ class Server(ServerContext):
     Attributes:
         router: What requests go to.
         app: The ASGI application.
+        warm_up: What is computed before anybody asks.
         loops: One loop for each device.
         tenants: Their settings; they change when the configuration is read again.
     """
 
     router: Router
     app: Application
+    warm_up: WarmUp
 
     def __init__(self, config: Config, plugins: Plugins) -> None:
         self.config = config
@@ -79,6 +86,7 @@ class Server(ServerContext):
         self.loops: dict[str, EngineLoop] = {}
         self.tenants = Tenants(config.tenants)
         self._runtimes: list[Runtime] = []
+        self._stores: list[SnapshotStore] = []
         self._stopped = False
 
     # ------------------------------------------------------------------ ServerContext
@@ -98,6 +106,10 @@ class Server(ServerContext):
     def snapshot(self, model: str) -> EngineSnapshot:
         """What a model is doing now."""
         return self.router.snapshot(model)
+
+    def cache(self, model: str) -> CacheReport:
+        """What became of a model's prefix cache."""
+        return self.router.cache(model)
 
     def policy(self, model: str) -> SchedulingPolicy:
         """The policy that schedules a model."""
@@ -132,6 +144,7 @@ class Server(ServerContext):
             info.name: self._make(info)
             for info in cast(list[ObserverInfo], self.plugins.active("observer", self.config))
         }
+        lines = read_warm_up(self.config)  # before loading, which takes its time
         routed = [self._load_model(model) for model in self.config.models or [ModelConfig()]]
         ids = [model.served.model_id for model in routed]
         if twice := {model_id for model_id in ids if ids.count(model_id) > 1}:
@@ -155,7 +168,15 @@ class Server(ServerContext):
         handlers: list[Any] = []
         for route in cast(list[RouteInfo], self.plugins.active("route", self.config)):
             handlers += self._make(route, self)
-        self.app = build_app(self.config, self.router, route_handlers=handlers)
+        self.warm_up = WarmUp(self.config, lines, routed, self.clock)
+        self.router.is_warm = lambda: self.warm_up.is_done
+        self.app = build_app(
+            self.config,
+            self.router,
+            route_handlers=handlers,
+            on_startup=[self.warm_up.start],
+            on_shutdown=[self.warm_up.stop],
+        )
         if self.app.keys.is_required and not self.app.keys:
             logger.warning("there is no key yet: `stoker keys new TENANT` makes one")
 
@@ -163,6 +184,11 @@ class Server(ServerContext):
         """What a descriptor's factory builds, with its options if it takes any."""
         options = self.plugins.options(info, self.config)
         return info.factory(*arguments) if options is None else info.factory(*arguments, options)
+
+    def _eviction(self) -> EvictionStrategy | None:
+        """A strategy of the kind that is asked for; ``None`` for the core's own."""
+        info = self.plugins.eviction(self.config)
+        return None if info is None else cast(EvictionStrategy, self._make(info))
 
     def _load_model(self, model: ModelConfig) -> RoutedModel:
         config = self.config
@@ -194,6 +220,16 @@ class Server(ServerContext):
             info=runtime.info,
         )
         policy_info = cast(PolicyInfo, self.plugins.require("policy", config.scheduler.policy))
+        store = build_store(
+            config.cache,
+            runtime.info,
+            local,
+            info.name,
+            self._eviction(),
+            self.clock,
+        )
+        if store is not None:
+            self._stores.append(store)
         loop = self.loops.get(runtime.info.device)
         if loop is None:
             loop = self.loops[runtime.info.device] = EngineLoop(runtime.info.device, self.clock)
@@ -210,6 +246,8 @@ class Server(ServerContext):
             reader_limits=ReaderLimits(
                 config.server.max_unread_tokens, config.server.reader_timeout_s
             ),
+            eviction=self._eviction(),
+            store=store,
         )
         loop.engines.append(engine)
         template = ChatTemplate(
@@ -218,9 +256,8 @@ class Server(ServerContext):
             bos_token=runtime.info.bos_token,
             eos_token=runtime.info.eos_token,
         )
-        return RoutedModel(
-            served, EngineClient(engine, loop), template, heartbeat_s=lambda: loop.heartbeat_s
-        )
+        client = EngineClient(engine, loop, store)
+        return RoutedModel(served, client, template, heartbeat_s=lambda: loop.heartbeat_s)
 
     def _check_reservations(self, num_lanes: int) -> None:
         """Refuse reservations that would leave nobody else a lane, ever."""
@@ -310,6 +347,9 @@ class Server(ServerContext):
         return all(ended)
 
     def _close_runtimes(self) -> None:
+        for store in self._stores:
+            store.close()
+        self._stores.clear()
         for runtime in self._runtimes:
             runtime.close()
         self._runtimes.clear()

@@ -132,7 +132,7 @@ def serve(
                 backlog=2048,
             ),
             server,
-            lambda address: print_banner(server, address),
+            lambda address: print_banner(server, address, server.warm_up.summary),
             reloader,
         )
         try:

@@ -95,6 +95,7 @@ class Request(msgspec.Struct, kw_only=True):
         arrival_s: When the router accepted it.
         queue_deadline_s: Give up if it was not admitted by then; ``None`` for never.
         deadline_s: Give up if it is not finished by then; ``None`` for never.
+        cache_salt: Only requests with the same salt reuse each other's KV.
         endpoint: ``"chat"``, ``"completion"`` or a plugin's own word.
         headers: The HTTP headers, lower-case names, for middleware; secrets removed.
         metadata: Free for middleware to pass values along.
@@ -111,6 +112,7 @@ class Request(msgspec.Struct, kw_only=True):
     arrival_s: float = 0.0
     queue_deadline_s: float | None = None
     deadline_s: float | None = None
+    cache_salt: str = ""
     endpoint: str = "completion"
     headers: Mapping[str, str] = {}
     metadata: dict[str, Any] = {}
@@ -339,6 +341,8 @@ class SequenceTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
         admitted_by: The rule that admitted it, in words; empty while it waits.
         prompt_tokens: Length of the prompt.
         cached_tokens: Prompt tokens found in KV.
+        cached_by: How they came: by ``takeover`` of an idle lane, ``share``, ``copy`` or ``restore``.
+        shared_wait_s: How long it waited for another one to compute the prefix that they share.
         computed_tokens: Prompt tokens computed.
         recomputed_tokens: Tokens computed again after preemptions.
         completion_tokens: Tokens generated.
@@ -366,6 +370,8 @@ class SequenceTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     passed_by: int = 0
     admitted_by: str = ""
     cached_tokens: int = 0
+    cached_by: str = ""
+    shared_wait_s: float = 0.0
     computed_tokens: int = 0
     recomputed_tokens: int = 0
     completion_tokens: int = 0

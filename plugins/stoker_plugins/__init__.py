@@ -9,6 +9,7 @@ from typing import Any
 from stoker import (
     BackendInfo,
     CommandInfo,
+    EvictionInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
@@ -17,6 +18,7 @@ from stoker import (
     hookimpl,
 )
 from stoker.testing.scripted_options import ScriptedOptions
+from stoker_plugins.evictions.options import LfuOptions
 from stoker_plugins.limits_options import LimitsOptions
 from stoker_plugins.policies.options import (
     DeadlineOptions,
@@ -84,6 +86,32 @@ def stoker_register_policies() -> Sequence[PolicyInfo]:
             summary="Earliest deadline first; refuses what would miss its deadline",
             factory=_lazy(".policies.deadline", "EarliestDeadlineFirst"),
             options=DeadlineOptions,
+        ),
+    ]
+
+
+@hookimpl
+def stoker_register_evictions() -> Sequence[EvictionInfo]:
+    """Which kept prefix goes first."""
+    return [
+        EvictionInfo(
+            api_version=1,
+            name="lru",
+            summary="The least recently used prefix goes first",
+            factory=_lazy(".evictions.lru", "LeastRecentlyUsed"),
+        ),
+        EvictionInfo(
+            api_version=1,
+            name="lfu",
+            summary="The least frequently used prefix goes first; old hits fade",
+            factory=_lazy(".evictions.lfu", "LeastFrequentlyUsed"),
+            options=LfuOptions,
+        ),
+        EvictionInfo(
+            api_version=1,
+            name="fifo",
+            summary="The prefix that was kept first goes first",
+            factory=_lazy(".evictions.fifo", "FirstInFirstOut"),
         ),
     ]
 

@@ -17,6 +17,7 @@ from prometheus_client import (
 from prometheus_client.exposition import generate_latest
 
 from stoker import ConfigError, FinishReason, Observer, RequestRecord, ServerContext, StepRecord
+from stoker_plugins.metrics_cache import CacheMetrics
 
 __all__ = ["Metrics", "make_routes"]
 
@@ -84,6 +85,7 @@ class Metrics(Observer):
         )
         self.cache_queries = counter("prefix_cache_queries", "Prompt tokens looked up.")
         self.cache_hits = counter("prefix_cache_hits", "Prompt tokens found.")
+        self.cache = CacheMetrics(self.registry)
         self.policy_errors = counter("policy_errors", "Failures of the scheduling policy.")
         self.slow_policy_calls = counter("slow_policy_calls", "Policy calls of over 50 ms.")
         self.policy_seconds = counter("policy_seconds", "Time spent in the policy.")
@@ -257,6 +259,7 @@ def make_routes(context: ServerContext) -> Sequence[Any]:
             model.paused.set(load.num_paused)
             model.kv_usage.set(load.kv_tokens_used / capacity)
             model.kv_retained.set(load.kv_tokens_retained / capacity)
+            metrics.cache.show(served.model_id, context.cache(served.model_id))
         return Response(
             generate_latest(metrics.registry),
             media_type="text/plain; version=0.0.4",

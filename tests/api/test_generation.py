@@ -87,6 +87,21 @@ def test_cached_tokens_are_reported(client: httpx.Client) -> None:
     assert second["prompt_tokens_details"]["cached_tokens"] == second["prompt_tokens"] - 1
 
 
+def test_only_the_same_salt_finds_a_prefix(client: httpx.Client) -> None:
+    def cached(**salt: str) -> int:
+        body = {"prompt": "a prompt that somebody keeps secret", "max_tokens": 1} | salt
+        usage = client.post(TEXT, json=body).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    mine = {"cache_salt": "mine"}
+    assert cached(**mine) == 0
+    assert cached(**mine) > 30
+    # What begins all prompts, <|begin|>, is not found either.
+    assert cached(cache_salt="yours") == 0
+    too_long = {"prompt": "a", "cache_salt": "x" * 257}
+    assert client.post(TEXT, json=too_long).json()["error"]["param"] == "cache_salt"
+
+
 def test_chat_stream_shape(client: httpx.Client) -> None:
     body = {"messages": MESSAGES, "max_tokens": 6, "temperature": 0}
     plain = client.post(CHAT, json=body).json()["choices"][0]["message"]["content"]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from prometheus_client.exposition import generate_latest
 
 from stoker import (
+    CacheReport,
+    CacheStats,
     DeadlineError,
     FinishReason,
     Observer,
@@ -16,6 +19,8 @@ from stoker import (
     RequestRecord,
     SequenceView,
     StepRecord,
+    StoreStats,
+    TierUsage,
 )
 from stoker.testing import EngineHarness, ScriptedOptions, ScriptedRuntime
 from stoker.types import Preemption, SequenceTrace
@@ -120,6 +125,39 @@ def test_tenants_have_counters_of_their_own_as_long_as_there_are_few() -> None:
     assert found['stoker_tenant_generation_tokens_total{tenant="other"}'] == 51 * 3
     labels = [name for name in found if name.startswith("stoker_tenant_prompt_tokens_total")]
     assert len(labels) == 101
+
+
+def test_the_cache_is_shown_as_it_stands_and_counters_only_grow() -> None:
+    metrics = Metrics()
+    lanes = CacheStats(
+        hit_tokens_by_way={"takeover": 70, "restore": 30},
+        evictions={"capacity": 2},
+        evicted_tokens={"capacity": 200},
+        retained_tokens=500,
+        retained_bytes=5000,
+        num_store_errors=1,
+    )
+    store = StoreStats(
+        tiers={"host": TierUsage(num_tokens=300, num_bytes=3000)},
+        evictions={"bytes": 4},
+        evicted_tokens={"bytes": 400},
+        num_damaged=1,
+    )
+    metrics.cache.show("m", CacheReport(lanes=lanes, store=store))
+    metrics.cache.show("m", CacheReport(lanes=lanes, store=store))
+    found = values(metrics)
+    assert found['stoker_prefix_cache_hit_tokens_total{way="takeover"}'] == 70
+    assert found['stoker_prefix_cache_hit_tokens_total{way="restore"}'] == 30
+    name = "stoker_prefix_cache_evictions_total"
+    by_reason = {key: n for key, n in found.items() if key.startswith(name)}
+    assert sorted(by_reason.values()) == [2, 4]
+    assert found['stoker_prefix_cache_tokens{tier="lane"}'] == 500
+    assert found['stoker_prefix_cache_tokens{tier="host"}'] == 300
+    assert found['stoker_prefix_cache_bytes{tier="host"}'] == 3000
+    more = msgspec.structs.replace(lanes, hit_tokens_by_way={"takeover": 75})
+    metrics.cache.show("m", CacheReport(lanes=more))
+    found = values(metrics)
+    assert found['stoker_prefix_cache_hit_tokens_total{way="takeover"}'] == 75
 
 
 def test_slow_policies_and_failing_observers_are_counted() -> None:

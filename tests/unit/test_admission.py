@@ -303,7 +303,7 @@ def test_prompts_are_cut_so_that_a_step_takes_as_long_as_it_should(target_s: flo
         harness.fake_clock.advance(seconds)
 
     runtime.before_step = compute
-    requests = [harness.submit("x" * 1500, max_tokens=20) for _ in range(4)]
+    requests = [harness.submit(letter * 1500, max_tokens=20) for letter in "wxyz"]
     harness.run()
     assert took[0] > target_s, "nothing was known of the first step"
     settled = [seconds for seconds in took[6:] if seconds > 0.015]

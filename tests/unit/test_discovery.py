@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import stoker
-from stoker.config import Config, MetricsConfig, ModelConfig, SchedulerConfig
+from stoker.config import CacheConfig, Config, MetricsConfig, ModelConfig, SchedulerConfig
 from stoker.discovery import (
     CORE_COMMANDS,
     HOOKS,
@@ -44,6 +44,11 @@ def policy(name: str, **fields: Any) -> stoker.PolicyInfo:
     return stoker.PolicyInfo(
         **({"api_version": 1} | fields), name=name, summary=name, factory=lambda *_: cast(Any, None)
     )
+
+
+LRU = stoker.EvictionInfo(
+    api_version=1, name="lru", summary="lru", factory=lambda *_: cast(Any, None)
+)
 
 
 def middleware(name: str, **fields: Any) -> stoker.MiddlewareInfo:
@@ -82,16 +87,20 @@ class World:
         vars(entry_point)["dist"] = FakeDistribution(distribution)
         self.entry_points.append(entry_point)
 
-    def policies(self, distribution: str, name: str, *found: Any) -> None:
+    def policies(self, distribution: str, name: str, *found: Any, evictions: Any = ()) -> None:
         """A plugin that registers these as its policies."""
 
         def stoker_register_policies() -> Any:
             return list(found)
 
+        def stoker_register_evictions() -> Any:
+            return list(evictions)
+
         self.add(
             distribution,
             name,
             stoker_register_policies=stoker.hookimpl(stoker_register_policies),
+            stoker_register_evictions=stoker.hookimpl(stoker_register_evictions),
         )
 
     def load(self, only: list[str] | None = None) -> Plugins:
@@ -275,7 +284,7 @@ def test_the_bundled_plugin_stands_in_every_conflict(world: World) -> None:
 
 
 def test_a_contested_name_names_both_and_cannot_be_asked_for(world: World) -> None:
-    world.policies("good", "good", policy("fair"), policy("calm"))
+    world.policies("good", "good", policy("fair"), policy("calm"), evictions=[LRU])
     world.policies("thief", "thief", policy("fair"))
     plugins = world.load()
     assert [row.status for row in plugins.listing()] == ["available", "refused"]
@@ -358,8 +367,10 @@ def test_unknown_names_list_what_there_is(world: World) -> None:
 
 
 def test_check_names_the_setting() -> None:
-    plugins = Plugins.of(policy("fcfs"))
+    plugins = Plugins.of(policy("fcfs"), LRU)
     plugins.check(Config())
+    with pytest.raises(ConfigError, match=r"^cache.eviction: there is no eviction 'x'"):
+        plugins.check(Config(cache=CacheConfig(eviction="x")))
     with pytest.raises(ConfigError, match=r"^scheduler.policy: there is no policy 'x'"):
         plugins.check(Config(scheduler=SchedulerConfig(policy="x")))
     with pytest.raises(ConfigError, match=r"^models\[0\].backend: there is no backend 'x'"):
@@ -371,7 +382,7 @@ def test_check_names_the_setting() -> None:
 
 
 def test_a_section_for_a_broken_plugin_stops_the_start(world: World) -> None:
-    world.policies("stoker", "builtin", policy("fcfs"))
+    world.policies("stoker", "builtin", policy("fcfs"), evictions=[LRU])
     world.add("stoker-quota", "quota")
     plugins = world.load()
     with pytest.raises(PluginLoadError, match=r"quota") as caught:

@@ -358,6 +358,7 @@ def test_half_of_a_steps_prompt_tokens_are_the_oldests_and_half_go_to_who_is_don
         FirstComeFirstServed(),
         runtime=ScriptedRuntime(lanes=8, context_length=1000),
         scheduler=SchedulerConfig(max_num_batched_tokens=40),
+        cache=CacheConfig(share_in_flight=False),
         observers=[recorder],
     )
     for name, length in (("old", 500), ("long", 400), ("short", 30)):

@@ -442,7 +442,9 @@ def test_logits_that_are_not_finite_end_who_they_were_for_at_that_token(fault: F
 
 def test_no_room_while_a_failed_step_is_looked_into_preempts_and_loses_nobody() -> None:
     """The victim must not be computed any more, as if it still had its lane."""
-    faults = iter([None, None, Fault.RAISE_AFTER, Fault.NO_ROOM, Fault.NO_ROOM])
+    # The second time it evicts what the first victim left; the third time there is a second victim.
+    no_room = [Fault.NO_ROOM] * 3
+    faults = iter([None, None, Fault.RAISE_AFTER, *no_room])
     harness = faulty(lambda _: next(faults, None))
     requests = [harness.submit(f"prompt {i}", max_tokens=12) for i in range(4)]
     harness.run(300)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from stoker import Request, SamplingParams
 from stoker.engine.detokenizer import Detokenizer, TokenText
-from stoker.engine.lanes import LanePool, common_prefix
+from stoker.engine.lanes import LanePool
+from stoker.engine.prefix_tree import common_prefix
 from stoker.engine.sequence import NO_LANE, Sequence, SequenceStatus
 from stoker.testing import ScriptedOptions, ScriptedRuntime
 

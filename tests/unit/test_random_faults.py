@@ -76,9 +76,9 @@ def policies() -> list[PolicyInfo]:
 
 
 @functools.cache
-def truth(prompt: str, end_every: int) -> str:
+def truth(prompt: str, end_every: int, block: int) -> str:
     """What the scripted model writes after a prompt, ``MAX_TOKENS`` of it at most."""
-    runtime = ScriptedRuntime(options=ScriptedOptions(end_every=end_every))
+    runtime = ScriptedRuntime(options=ScriptedOptions(end_every=end_every, exact_block=block))
     return runtime.expected_text(list(prompt.encode()), MAX_TOKENS)
 
 
@@ -119,12 +119,16 @@ class Life:
         self.end_every = dice.choice([0, 11, 23])
         lanes = dice.randint(1, 5)
         tight = dice.random() < 0.5
+        max_step_tokens = dice.randint(lanes, 64)
+        # In every second life a token's KV depends on the piece that it is computed in.
+        self.block = 4 if seed % 2 and max_step_tokens >= lanes + 4 else 1
         inner = ScriptedRuntime(
             lanes=lanes,
             context_length=CONTEXT,
-            max_step_tokens=dice.randint(lanes, 64),
+            max_step_tokens=max_step_tokens,
             options=ScriptedOptions(
                 end_every=self.end_every,
+                exact_block=self.block,
                 kv_capacity_tokens=dice.randint(CONTEXT, CONTEXT + 60) if tight else None,
                 truncation=dice.choice(["any", "reset"]),
             ),
@@ -346,7 +350,10 @@ class Life:
             if lane in owned:
                 assert held == owned[lane].num_computed, "KV and sequence disagree"
             elif lane not in lanes._unknown:
-                assert held == len(lanes._retained[lane]), "KV and retained tokens disagree"
+                kept = lanes.retention.kept.get(lane)
+                assert held == (0 if kept is None else len(kept.tokens)), "KV and kept disagree"
+                assert lanes._tree.depth(lane) == held, "KV and the tree disagree"
+            assert lanes._tree.depth(lane) <= held or lane in lanes._unknown
 
     def _check_queues(self) -> None:
         scheduler = self.engine.scheduler
@@ -393,13 +400,13 @@ class Life:
                 assert (text, ends[0].finish_reason) == (expected, reason)
             else:
                 # Also what was held back because a stop string might have begun.
-                whole = truth(self.prompts[key], self.end_every)
+                whole = truth(self.prompts[key], self.end_every, self.block)
                 assert whole.startswith(text)
 
     def _truth(self, request: Submitted) -> tuple[str, FinishReason]:
         """Its whole text, and how it should end."""
         sampling = request.request.sampling
-        whole = truth(self.prompts[request.request.request_id], self.end_every)
+        whole = truth(self.prompts[request.request.request_id], self.end_every, self.block)
         limit = sampling.max_tokens or 0
         text = whole[:limit]
         reason = FinishReason.LENGTH if len(text) == limit else FinishReason.STOP

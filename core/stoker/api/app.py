@@ -9,6 +9,7 @@ from litestar.exceptions import ImproperlyConfiguredException
 
 from stoker.api.access import Application
 from stoker.api.auth import KeyRing
+from stoker.api.cache import cache_routes
 from stoker.api.completions import completion_routes
 from stoker.api.errors import handle_exception
 from stoker.api.info import info_routes
@@ -57,6 +58,7 @@ def build_app(
     own = [
         *completion_routes(config, router),
         *request_routes(config.scheduler.policy, router),
+        *cache_routes(config, router),
         *info_routes(router),
     ]
     _check_paths(own, route_handlers)

@@ -92,9 +92,9 @@ def info_routes(router: Router) -> list[HTTPRouteHandler]:
         operation_class=json_operation("Readiness", s503="Readiness"),
     )
     async def ready() -> ASGIApp:
-        is_ready = router.ready()
-        body = Readiness(ready=is_ready, status=router.health().status)
-        return _json(body, status_code=200 if is_ready else 503)
+        status = router.readiness()
+        body = Readiness(ready=status == "ok", status=status)
+        return _json(body, status_code=200 if body.ready else 503)
 
     return [list_models, get_model, list_engines, get_engine, health, ready]
 

@@ -23,6 +23,7 @@ from litestar.openapi.spec import (
 )
 
 from stoker import __version__
+from stoker.api.cache_schemas import CacheList, ClearedCache
 from stoker.api.schemas import (
     CancelledRequest,
     ChatCompletion,
@@ -43,7 +44,8 @@ __all__ = ["generation_operation", "json_operation", "openapi_config"]
 
 _BODIES = (
     ChatRequest, ChatCompletion, CompletionRequest, Completion, ModelList, EngineList, Health, Readiness,
-    ErrorBody, RequestList, RequestDetails, CancelledRequest,
+    ErrorBody, RequestList, RequestDetails, CancelledRequest, CacheList,
+    ClearedCache,
 )  # fmt: skip
 
 

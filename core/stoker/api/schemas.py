@@ -80,6 +80,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         seed: Makes the draws reproducible.
         priority: Lower runs first, under a policy that knows priorities.
         timeout: Give up after so many seconds.
+        cache_salt: Only requests with the same salt reuse each other's KV.
         user: Accepted and not used.
     """
 
@@ -101,6 +102,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     seed: Annotated[int, Meta(ge=-_INT64 - 1, le=_INT64)] | None = None
     priority: Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     user: str | None = None
 
 
@@ -301,7 +303,12 @@ class CancelledRequest(msgspec.Struct, kw_only=True):
 
 
 class Readiness(msgspec.Struct, kw_only=True):
-    """The body of ``/ready``."""
+    """The body of ``/ready``.
+
+    Attributes:
+        ready: Whether requests should be sent here.
+        status: That of ``/health``, or ``warming``: requests are taken, but the warm-up is not over.
+    """
 
     ready: bool
     status: str

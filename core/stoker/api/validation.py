@@ -107,6 +107,7 @@ def _call(
         n=n,
         priority=body.priority,
         timeout_s=body.timeout,
+        cache_salt=body.cache_salt or "",
         headers=headers,
     )
 

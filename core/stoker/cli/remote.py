@@ -45,18 +45,72 @@ class RemoteServer:
         Raises:
             ServerError: It cannot be reached, or refuses.
         """
+        response = self._ask("GET", "/v1/models", timeout_s=timeout_s)
         try:
-            response = httpx.get(f"{self.url}/v1/models", headers=self._headers, timeout=timeout_s)
+            return [str(model["id"]) for model in response.json()["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(f"{self.url} does not speak the OpenAI API") from error
+
+    def cache(self, model: str | None = None) -> dict[str, Any]:
+        """What its prefix caches keep: the body of ``GET /v1/cache``.
+
+        Args:
+            model: Of this model only.
+
+        Raises:
+            ServerError: It cannot be reached, refuses, or is no stoker.
+        """
+        return self._cache("GET", model)
+
+    def clear_cache(self, model: str | None = None) -> dict[str, Any]:
+        """Empty its prefix caches; returns the body of ``DELETE /v1/cache``.
+
+        Args:
+            model: Of this model only.
+
+        Raises:
+            ServerError: It cannot be reached, refuses, or is no stoker.
+        """
+        return self._cache("DELETE", model)
+
+    def _cache(self, method: str, model: str | None) -> dict[str, Any]:
+        response = self._ask(method, "/v1/cache", params={} if model is None else {"model": model})
+        try:
+            body = response.json()
+            if isinstance(body["data"], list):
+                return dict(body)
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ServerError(f"{self.url} is not a stoker server that shows its cache")
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        timeout_s: float = 10.0,
+    ) -> httpx.Response:
+        """A successful answer.
+
+        Raises:
+            ServerError: There is none.
+        """
+        try:
+            response = httpx.request(
+                method,
+                f"{self.url}{path}",
+                params=params,
+                headers=self._headers,
+                timeout=timeout_s,
+            )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise ConfigError(f"--url: {self.url}: {error}") from error
         except httpx.HTTPError as error:
             raise ServerError(f"no server answers at {self.url}: {error}") from error
         if response.is_error:
             raise ServerError(_refusal(response.status_code, response.content))
-        try:
-            return [str(model["id"]) for model in response.json()["data"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"{self.url} does not speak the OpenAI API") from error
+        return response
 
     def models_if_running(self) -> list[str] | None:
         """The ids of the models it serves; ``None`` if nothing useful answers there."""

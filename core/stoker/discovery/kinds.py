@@ -8,6 +8,7 @@ from stoker.interfaces import (
     BackendInfo,
     CommandInfo,
     Descriptor,
+    EvictionInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
@@ -17,11 +18,14 @@ from stoker.interfaces import (
 
 __all__ = ["ADVICE", "CORE_COMMANDS", "HOOKS", "LIFE_CYCLE", "PLURALS", "SWITCHED", "Kind"]
 
-Kind = Literal["backend", "policy", "middleware", "observer", "model source", "route", "command"]
+Kind = Literal[
+    "backend", "policy", "eviction", "middleware", "observer", "model source", "route", "command"
+]
 
 HOOKS: dict[Kind, tuple[str, type[Descriptor]]] = {
     "backend": ("stoker_register_backends", BackendInfo),
     "policy": ("stoker_register_policies", PolicyInfo),
+    "eviction": ("stoker_register_evictions", EvictionInfo),
     "middleware": ("stoker_register_middleware", MiddlewareInfo),
     "observer": ("stoker_register_observers", ObserverInfo),
     "model source": ("stoker_register_model_sources", ModelSourceInfo),
@@ -36,6 +40,7 @@ LIFE_CYCLE = ("stoker_server_started", "stoker_server_stopped")
 PLURALS: dict[Kind, str] = {
     "backend": "backends",
     "policy": "policies",
+    "eviction": "evictions",
     "middleware": "middleware",
     "observer": "observers",
     "model source": "model sources",
@@ -51,5 +56,5 @@ ADVICE: dict[Kind, str] = {
 SWITCHED: tuple[Kind, ...] = ("middleware", "observer", "route")
 """What ``[plugins.<name>]`` switches on; the other kinds are chosen by other settings."""
 
-CORE_COMMANDS = ("serve", "chat", "models", "pull", "plugins", "config", "keys")
+CORE_COMMANDS = ("serve", "chat", "models", "pull", "plugins", "config", "keys", "cache")
 """Subcommands that no plugin can replace, in the order of ``stoker --help``."""

@@ -16,6 +16,7 @@ from stoker.interfaces import (
     BackendInfo,
     CommandInfo,
     Descriptor,
+    EvictionInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
@@ -80,6 +81,10 @@ class Plugins:
         """Scheduling policies by name."""
         return self._all("policy", PolicyInfo)
 
+    def evictions(self) -> Mapping[str, EvictionInfo]:
+        """Eviction strategies by name."""
+        return self._all("eviction", EvictionInfo)
+
     def middleware(self) -> Mapping[str, MiddlewareInfo]:
         """Middleware by name, active or not."""
         return self._all("middleware", MiddlewareInfo)
@@ -109,8 +114,8 @@ class Plugins:
         """The descriptor of that kind and name.
 
         Args:
-            kind: ``backend``, ``policy``, ``middleware``, ``observer``, ``model source``, ``route`` or
-                ``command``.
+            kind: ``backend``, ``policy``, ``eviction``, ``middleware``, ``observer``, ``model source``,
+                ``route`` or ``command``.
             name: Its name.
 
         Raises:
@@ -209,6 +214,9 @@ class Plugins:
             self._check_section(name, section)
         policy = self._configured("scheduler.policy", "policy", config.scheduler.policy)
         self.options(policy, config)
+        eviction = self.eviction(config)
+        if eviction is not None:
+            self.options(eviction, config)
         for index, model in enumerate(config.models):
             if model.backend != "auto":
                 where = f"models[{index}].backend"
@@ -217,6 +225,20 @@ class Plugins:
         for kind in HOOKS:
             for descriptor in self.active(kind, config):
                 self.options(descriptor, config)
+
+    def eviction(self, config: Config) -> EvictionInfo | None:
+        """The eviction strategy that is asked for; ``None`` for the core's own.
+
+        That is what the default stands for where no plugin offers it, as in ``Plugins.of``.
+
+        Raises:
+            ConfigError: Nobody offers it.
+            PluginError: Its plugin is broken, refused or contested.
+        """
+        name = config.cache.eviction
+        if name == type(config.cache)().eviction and self._lookup("eviction", name) is None:
+            return None
+        return cast(EvictionInfo, self._configured("cache.eviction", "eviction", name))
 
     def _configured(self, setting: str, kind: Kind, name: str) -> Descriptor:
         try:
@@ -267,6 +289,8 @@ class Plugins:
             return self._is_on(kind, descriptor, config)
         if kind == "policy":
             return config.scheduler.policy == name
+        if kind == "eviction":
+            return config.cache.eviction == name
         if kind == "backend":
             wanted = {model.backend for model in config.models} or {"auto"}
             return name in wanted or ("auto" in wanted and self._is_on(kind, descriptor, config))

@@ -5,6 +5,7 @@
     for each candidate, those below their reservation first, else in the policy's order:
         is there a lane for it, or one that a borrower or a victim gives up?   else stop
         does its KV fit?   else it is blocked, and others may pass it as long as the policy lets them
+        is another one computing what it begins with? then it waits for that; the next one is asked
         does the policy want it to start now?   else the next one is asked
 """
 
@@ -30,7 +31,7 @@ _MAX_BLOCKED = 32  # candidates that did not fit; after so many the rest waits f
 class _Answer(enum.Enum):
     STARTED = enum.auto()
     BLOCKED = enum.auto()  # its KV does not fit now
-    HELD_BACK = enum.auto()  # a reservation or the policy keeps it waiting
+    HELD_BACK = enum.auto()  # a reservation, the policy or a prefix in flight keeps it waiting
     NO_LANE = enum.auto()
 
 
@@ -102,6 +103,8 @@ class Admission:
                 continue
             if not self._is_within_reach(running, sequence):
                 continue
+            if scheduler.in_flight.must_wait(sequence):
+                continue
             while not (scheduler.lanes.num_free and self._fits(sequence)):
                 if not self._reclaim_for(sequence):
                     break
@@ -150,6 +153,8 @@ class Admission:
     def _try(self, sequence: Sequence) -> _Answer:
         scheduler = self._scheduler
         spare_lanes, spare_tokens = self._spare(sequence)
+        if scheduler.in_flight.must_wait(sequence):
+            return _Answer.HELD_BACK
         no_lane = _Answer.NO_LANE
         if spare_lanes and scheduler.lanes.num_free:
             no_lane = _Answer.HELD_BACK  # there are lanes, if not for this one

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
-from stoker.interfaces import DeltaStream
+from stoker.interfaces import CacheReport, DeltaStream
 from stoker.types import Delta, Request, RequestRecord, SequenceTrace
 
 if TYPE_CHECKING:
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from stoker.engine.sequence import Sequence
     from stoker.errors import RequestError
     from stoker.interfaces import (
+        CacheEntry,
         EngineSnapshot,
         LoadSnapshot,
         RuntimeInfo,
         SchedulingPolicy,
+        SnapshotStore,
         TenantLoad,
         Tokenizer,
     )
@@ -160,11 +162,15 @@ class EngineClient:
     Args:
         engine: The model's engine.
         loop: The loop of its device.
+        store: The engine's store of snapshots, if it has one.
     """
 
-    def __init__(self, engine: ModelEngine, loop: EngineLoop) -> None:
+    def __init__(
+        self, engine: ModelEngine, loop: EngineLoop, store: SnapshotStore | None = None
+    ) -> None:
         self._engine = engine
         self._loop = loop
+        self._store = store
 
     @property
     def info(self) -> RuntimeInfo:
@@ -212,6 +218,30 @@ class EngineClient:
     def policy(self) -> SchedulingPolicy:
         """Who orders its requests."""
         return self._engine.policy
+
+    def cache_report(self) -> CacheReport:
+        """What became of its prefix cache."""
+        return CacheReport(
+            lanes=self._engine.scheduler.lanes.stats(),
+            store=None if self._store is None else self._store.stats(),
+        )
+
+    def cache_entries(self) -> list[CacheEntry]:
+        """The prefixes that its idle lanes and its store of snapshots keep."""
+        return self._engine.scheduler.lanes.entries()
+
+    async def clear_cache(self) -> int:
+        """Drop the prefixes that are kept, but for pinned ones; returns how many that were.
+
+        Raises:
+            UnavailableError: The loop has ended.
+        """
+        lanes = self._engine.scheduler.lanes
+        return await asyncio.wrap_future(self._loop.post_call(lanes.clear))
+
+    def pin(self, tokens: Iterable[int]) -> None:
+        """Keep the KV of a prefix once a request has computed it; before that request is submitted."""
+        self._engine.scheduler.lanes.pin(tokens)
 
     def cache_counts(self) -> tuple[int, int]:
         """Prompt tokens looked up in retained KV, and how many of them were found."""

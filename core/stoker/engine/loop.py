@@ -16,7 +16,9 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from stoker.engine.client import RequestStream, deliver
 from stoker.errors import UnavailableError
@@ -31,6 +33,8 @@ __all__ = ["EngineLoop"]
 logger = logging.getLogger("stoker.engine")
 
 _SHUTDOWN = "the server is shutting down; send the request elsewhere"
+T = TypeVar("T")
+
 _IDLE_WAIT_S = 1.0  # how long an idle loop sleeps before it shows a heartbeat
 
 
@@ -101,6 +105,27 @@ class EngineLoop:
         self._inbox.append(lambda outbox: self._end(stream, error, outbox))
         self._wake.set()
 
+    def post_call(self, action: Callable[[], T]) -> Future[T]:
+        """Have something done on the loop's thread, between two steps.
+
+        Raises:
+            UnavailableError: The loop has ended, or is about to.
+        """
+        future: Future[T] = Future()
+
+        def run(_: Outbox) -> None:
+            try:
+                future.set_result(action())
+            except Exception as error:  # noqa: BLE001 - whoever asked is told
+                future.set_exception(error)
+
+        with self._lock:
+            if self._closed:
+                raise UnavailableError(_SHUTDOWN, code="server_shutdown")
+            self._inbox.append(run)
+        self._wake.set()
+        return future
+
     def reader_moved(self) -> None:
         """Tell the loop that a reader has read, if that may matter to it."""
         if self._num_paused:
@@ -152,6 +177,8 @@ class EngineLoop:
         ready = [engine for engine in self.engines if engine.has_work]
         if not ready:
             self._had_work.clear()
+            for engine in self.engines:
+                self._attempt(engine, partial(_tidy, engine))
             return False
         engine = ready[0] if len(ready) == 1 else self._next(ready)
         self._had_work = set(ready)
@@ -239,3 +266,8 @@ class EngineLoop:
                 for stream in {stream for stream, _ in batch}:
                     for engine in self.engines:
                         engine.abort(stream, [])
+
+
+def _tidy(engine: ModelEngine, _: Outbox) -> None:
+    """Drop kept prefixes that are too old, also while nothing runs."""
+    engine.scheduler.lanes.expire()

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
     from stoker.config import CacheConfig, SchedulerConfig
     from stoker.engine.client import RequestStream
-    from stoker.interfaces import Observer, Runtime, SchedulingPolicy
+    from stoker.interfaces import (
+        EvictionStrategy,
+        Observer,
+        Runtime,
+        SchedulingPolicy,
+        SnapshotStore,
+    )
 
 __all__ = ["ModelEngine"]
 
@@ -52,6 +58,8 @@ class ModelEngine:
         tenants: Weights and reservations.
         weight: Share of the device's time, against its other models.
         reader_limits: What a reader that does not read may cost.
+        eviction: Which kept prefix goes first; the least recently used if ``None``.
+        store: Where evicted KV goes; nowhere if ``None``. The engine does not close it.
     """
 
     def __init__(
@@ -66,6 +74,8 @@ class ModelEngine:
         tenants: Tenants | None = None,
         weight: float = 1.0,
         reader_limits: ReaderLimits | None = None,
+        eviction: EvictionStrategy | None = None,
+        store: SnapshotStore | None = None,
     ) -> None:
         info = runtime.info
         self.model = model
@@ -73,7 +83,10 @@ class ModelEngine:
         self.runtime = runtime
         self.clock = clock
         self.max_total_tokens = min(info.context_length, info.kv_capacity_tokens)
-        lanes = LanePool(runtime, prefix_reuse=cache_config.prefix_reuse)
+        tenants = tenants or Tenants()
+        lanes = LanePool(
+            runtime, cache_config, tenants=tenants, eviction=eviction, store=store, clock=clock
+        )
         self.scheduler = Scheduler(
             model,
             policy,
@@ -81,7 +94,8 @@ class ModelEngine:
             scheduler_config,
             info.max_step_tokens,
             clock,
-            tenants or Tenants(),
+            tenants,
+            share_in_flight=cache_config.share_in_flight,
         )
         self.policy = policy
         self._readers = SlowReaders(self.scheduler, reader_limits or ReaderLimits())
@@ -323,6 +337,7 @@ class ModelEngine:
         # alone, or neither the culprit nor the others would ever get anywhere.
         while sequence.num_computed < known and sequence.sequence_id in running:
             chunk = min(known - sequence.num_computed, self.scheduler.token_budget)
+            chunk = self.scheduler.lanes.blocks.piece(sequence, chunk)
             self._compute(Plan(prefills=[(sequence, chunk)]), gaps, outbox)
         if sequence.sequence_id in running:
             alone = (

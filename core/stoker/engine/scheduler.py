@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from stoker.engine.admission import Admission
 from stoker.engine.costs import CostModel
+from stoker.engine.in_flight import InFlightPrefixes
 from stoker.engine.plan import Plan
 from stoker.engine.policy_guard import PolicyGuard
 from stoker.engine.reservations import Reservations
@@ -44,12 +45,14 @@ class Scheduler:
         max_step_tokens: Most tokens the runtime takes in one step.
         clock: Monotonic seconds.
         tenants: Weights and reservations.
+        share_in_flight: Whether sequences wait for a prefix that another one computes.
 
     Attributes:
         waiting: The queue, in order of arrival (a preempted sequence waits again, at the end).
         running: Who holds a lane.
         paused: Who had one, and waits for its reader.
         costs: What steps cost lately.
+        in_flight: Prefixes that are being computed, and who waits for them.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class Scheduler:
         max_step_tokens: int,
         clock: Callable[[], float],
         tenants: Tenants,
+        *,
+        share_in_flight: bool = True,
     ) -> None:
         self.model = model
         self.policy = PolicyGuard(policy, clock)
@@ -74,8 +79,9 @@ class Scheduler:
         self.waiting: dict[int, Sequence] = {}
         self.running: dict[int, Sequence] = {}
         self.paused: dict[int, Sequence] = {}
-        self.costs = CostModel()
+        self.costs = lanes.costs.steps = CostModel()
         self.num_preemptions = 0
+        self.in_flight = InFlightPrefixes(self, is_on=share_in_flight)
         self._admission = Admission(self, config)
         self._admitted: list[Sequence] = []
         self._next_deadline_s = float("inf")
@@ -85,6 +91,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence into the queue."""
         self.waiting[sequence.sequence_id] = sequence
+        self.lanes.prefetch(sequence)
         request = sequence.request
         for deadline in (request.queue_deadline_s, request.deadline_s):
             if deadline is not None:
@@ -120,11 +127,15 @@ class Scheduler:
         except EngineError:
             return
         del self.waiting[sequence.sequence_id]
+        self.in_flight.started(sequence)
         sequence.move_to(SequenceStatus.PREFILL)
         sequence.output_at_admission = sequence.num_output
         if sequence.admitted_s is None:
             sequence.admitted_s = self.clock()
             sequence.facts.admitted_by = rule
+            if sequence.facts.shared_wait_s:
+                waited_s = sequence.facts.shared_wait_s
+                sequence.facts.admitted_by += f"; waited {waited_s:.3f} s for a shared prefix"
             self._admitted.append(sequence)
         self.running[sequence.sequence_id] = sequence
 
@@ -226,6 +237,7 @@ class Scheduler:
         """Admit what fits, then plan one step."""
         if self.waiting:
             self.lanes.recover()
+            self.in_flight.look_around()
             self._admission.admit()
         plan = Plan()
         prefilling: list[Sequence] = []
@@ -273,6 +285,7 @@ class Scheduler:
         shares = _default_shares(prefilling, budget) if chosen is None else dict(chosen)
         if self.target_step_s:
             self._finish_short(shares, prefilling, plan, is_mixed=num_decoding > 0)
+        shares = self.lanes.blocks.fit(shares, prefilling)
         plan.prefills = [(s, shares[s.sequence_id]) for s in prefilling if shares[s.sequence_id]]
 
     def _finish_short(
@@ -356,7 +369,6 @@ class Scheduler:
             victims.sort(key=lambda s: self.reservations.is_protected(running, s))
         victim = victims[0]
         self.preempt(victim, "no_room")
-        self.lanes.evict_all()
         if victim in plan.decodes:
             plan.decodes.remove(victim)
         plan.prefills = [(s, count) for s, count in plan.prefills if s is not victim]

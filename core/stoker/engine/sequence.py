@@ -72,6 +72,8 @@ class Facts:
     waiting_ahead_tokens: int = 0
     running_at_arrival: int = 0
     admitted_by: str = ""
+    cached_by: str = ""
+    shared_wait_s: float = 0.0
     num_prefill_steps: int = 0
     num_decode_steps: int = 0
     num_deferred_steps: int = 0
@@ -291,6 +293,8 @@ class Sequence:
             admitted_by=facts.admitted_by,
             prompt_tokens=self.num_prompt,
             cached_tokens=self.num_cached,
+            cached_by=facts.cached_by,
+            shared_wait_s=facts.shared_wait_s,
             computed_tokens=max(0, min(self.num_known, self.num_prompt) - self.num_cached),
             recomputed_tokens=facts.recomputed_tokens,
             completion_tokens=self.num_output,

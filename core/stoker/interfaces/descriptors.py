@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from stoker.interfaces.caching import EvictionStrategy
 from stoker.interfaces.policies import SchedulingPolicy
 from stoker.interfaces.runtimes import Backend
 from stoker.interfaces.serving import Middleware, ModelSource, Observer
@@ -19,6 +20,7 @@ __all__ = [
     "BackendInfo",
     "CommandInfo",
     "Descriptor",
+    "EvictionInfo",
     "MiddlewareInfo",
     "ModelSourceInfo",
     "ObserverInfo",
@@ -59,6 +61,15 @@ class PolicyInfo(Descriptor, frozen=True, kw_only=True):
     """
 
     factory: Callable[..., SchedulingPolicy]
+
+
+class EvictionInfo(Descriptor, frozen=True, kw_only=True):
+    """Registers an ``EvictionStrategy``; one instance is built per model.
+
+    The factory is called with an instance of ``options`` if there is such a type, else with nothing.
+    """
+
+    factory: Callable[..., EvictionStrategy]
 
 
 class MiddlewareInfo(Descriptor, frozen=True, kw_only=True):

@@ -32,6 +32,11 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         copy_prefix: ``copy_prefix`` works.
         snapshot: ``snapshot`` and ``restore`` work.
         embed: ``embed`` works.
+        exact_block: Block length B of the promise that a prompt's KV has the same bits however the prompt was
+            cut, as long as (1) whole blocks of B tokens, at multiples of B, are computed in chunks that start
+            at a multiple of B and are a multiple of B long, and (2) what follows the prompt's last whole
+            block, and generated tokens, are computed in pieces shorter than B. 1: any cut will do.
+        shares_kv: ``copy_prefix`` shares memory instead of copying it; a copied token takes no room.
         lane_locality: Steps over neighbouring lanes are quicker than steps over scattered ones.
     """
 
@@ -39,6 +44,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     copy_prefix: bool = False
     snapshot: bool = False
     embed: bool = False
+    exact_block: int = 1
+    shares_kv: bool = False
     lane_locality: bool = False
 
 
@@ -62,6 +69,8 @@ class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
         capabilities: What it can do beyond ``step``.
         settings: The effective settings, for the start-up block: ``{"threads": "2"}``.
         warnings: What the user should know, in full sentences.
+        fingerprint: What else a snapshot depends on, beside the model's files and ``settings``: the version
+            of the library that computes it, say.
     """
 
     name: str
@@ -80,6 +89,7 @@ class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: Capabilities = Capabilities()
     settings: Mapping[str, str] = {}
     warnings: Sequence[str] = ()
+    fingerprint: str = ""
 
 
 class Tokenizer(ABC):

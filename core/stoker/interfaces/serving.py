@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from stoker.config import Config, TenantConfig
+from stoker.interfaces.caching import CacheReport
 from stoker.interfaces.policies import SchedulingPolicy, StepCost
 from stoker.interfaces.runtimes import RuntimeInfo
 from stoker.interfaces.streams import DeltaStream
@@ -127,6 +128,10 @@ class ServerContext(ABC):
     @abstractmethod
     def snapshot(self, model: str) -> EngineSnapshot:
         """What a model is doing now, for estimates: ``stoker.forecast`` works on it."""
+
+    def cache(self, model: str) -> CacheReport:
+        """What became of a model's prefix cache."""
+        return CacheReport()
 
     @abstractmethod
     def policy(self, model: str) -> SchedulingPolicy:

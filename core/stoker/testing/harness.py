@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from stoker.config import TenantConfig
     from stoker.engine.client import RequestStream
     from stoker.engine.model_engine import Outbox
-    from stoker.interfaces import Observer, Runtime, SchedulingPolicy
+    from stoker.interfaces import (
+        EvictionStrategy,
+        Observer,
+        Runtime,
+        SchedulingPolicy,
+        SnapshotStore,
+    )
 
 __all__ = ["EngineHarness", "Submitted"]
 
@@ -85,6 +91,8 @@ class EngineHarness:
         step_s: How long a step takes on the fake clock.
         tenants: Weights and reservations.
         reader_limits: What a reader that does not read may cost.
+        eviction: Which kept prefix goes first.
+        store: Where evicted prefixes go.
     """
 
     def __init__(
@@ -99,6 +107,8 @@ class EngineHarness:
         step_s: float = 0.01,
         tenants: Sequence[TenantConfig] = (),
         reader_limits: ReaderLimits | None = None,
+        eviction: EvictionStrategy | None = None,
+        store: SnapshotStore | None = None,
     ) -> None:
         self.runtime = runtime or ScriptedRuntime()
         self.fake_clock = FakeClock()
@@ -115,6 +125,8 @@ class EngineHarness:
             self.clock,
             Tenants(tenants),
             reader_limits=reader_limits,
+            eviction=eviction,
+            store=store,
         )
 
     def submit(
@@ -124,6 +136,7 @@ class EngineHarness:
         n: int = 1,
         priority: int = 0,
         tenant: str = "anonymous",
+        cache_salt: str = "",
         queue_deadline_s: float | None = None,
         deadline_s: float | None = None,
         **sampling: Any,
@@ -144,6 +157,7 @@ class EngineHarness:
             n=n,
             priority=priority,
             tenant=tenant,
+            cache_salt=cache_salt,
             arrival_s=self.clock(),
             queue_deadline_s=queue_deadline_s,
             deadline_s=deadline_s,

@@ -55,6 +55,7 @@ _TEMPLATE = (
 _LETTERS = np.frombuffer(b"etaoin shrdlu cmfwyp vbgkjq xz etaoin shrdlu", np.uint8).astype(np.int64)
 _MULTIPLIER = np.uint64(6364136223846793005)  # Knuth's MMIX linear congruential generator
 _INCREMENT = np.uint64(1442695040888963407)
+_WHOLE_BLOCK = 1 << 20  # above every token id
 _MASK64 = (1 << 64) - 1
 
 
@@ -121,7 +122,10 @@ class ScriptedRuntime(Runtime):
             bos_token=_BEGIN,
             eos_token=_END_TEXT,
             capabilities=Capabilities(
-                truncation="reset" if options.truncation == "reset" else "any", copy_prefix=True
+                truncation="reset" if options.truncation == "reset" else "any",
+                copy_prefix=options.copy_prefix,
+                snapshot=options.snapshot,
+                exact_block=options.exact_block,
             ),
             settings={"kind": "deterministic test model"},
         )
@@ -162,12 +166,24 @@ class ScriptedRuntime(Runtime):
             starts = positions[start:end] - np.arange(end - start, dtype=np.int32)
             self._check_positions(lanes[start:end], starts.astype(np.int32))
             state = int(self._states[lane, first])
+            kind = self._kind(first, end - start)
             for row, token in enumerate(step.token_ids[start:end].tolist(), start):
-                state = _mix_one(state, token)
+                state = _mix_one(state, token ^ kind)
                 after[row] = state
             self._states[lane, first + 1 : first + 1 + end - start] = after[start:end]
             self._lengths[lane] += end - start
         return after
+
+    def _kind(self, first: int, length: int) -> int:
+        """What a piece's place and length do to its tokens' KV: nothing if it is shorter than a block."""
+        block = self.options.exact_block
+        if length < block or block == 1:
+            return 0
+        if first % block == 0 and length % block == 0:
+            return _WHOLE_BLOCK
+        return (
+            _WHOLE_BLOCK << 1 | first << 32 | length << 48
+        )  # as many kinds as there are such pieces
 
     def _check_positions(self, lanes: NDArray[np.int32], positions: NDArray[np.int32]) -> None:
         if not np.array_equal(self._lengths[lanes], positions):
@@ -197,14 +213,25 @@ class ScriptedRuntime(Runtime):
         self._states[target, : num_tokens + 1] = self._states[source, : num_tokens + 1]
         self._lengths[target] = num_tokens
 
+    def snapshot(self, lane: int) -> bytes:
+        """The hashes."""
+        return self._states[lane, : self._lengths[lane] + 1].tobytes()
+
+    def restore(self, lane: int, snapshot: bytes) -> int:
+        """Put them back."""
+        states = np.frombuffer(snapshot, np.uint64)
+        self._states[lane, : len(states)] = states
+        self._lengths[lane] = len(states) - 1
+        return len(states) - 1
+
     def close(self) -> None:
         """Nothing to free."""
 
     def expected_text(self, prompt: list[int], num_tokens: int) -> str:
         """What this model writes after a prompt: the truth that tests compare with."""
-        state = np.zeros(1, np.uint64)
-        for token in prompt:
-            state = _mix(state, token)
+        block = self.options.exact_block
+        in_blocks = len(prompt) - len(prompt) % block if block > 1 else 0
+        state = np.array([self.state_after(prompt, in_blocks)], np.uint64)
         written = bytearray()
         for _ in range(num_tokens):
             token = int(self._next_tokens(state)[0])
@@ -213,6 +240,14 @@ class ScriptedRuntime(Runtime):
             written.append(token)
             state = _mix(state, token)
         return written.decode()
+
+    @staticmethod
+    def state_after(tokens: list[int], num_in_blocks: int) -> int:
+        """What a lane holds after ``tokens``, of which the first ones were computed as whole blocks."""
+        state = 0
+        for at, token in enumerate(tokens):
+            state = _mix_one(state, token ^ (_WHOLE_BLOCK if at < num_in_blocks else 0))
+        return state
 
 
 def _mix(states: NDArray[np.uint64], tokens: NDArray[np.int32] | int) -> NDArray[np.uint64]:

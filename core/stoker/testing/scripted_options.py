@@ -16,6 +16,10 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         token_s: Seconds that every token of a step takes.
         kv_capacity_tokens: Most tokens of all lanes together; ``None`` for lanes times context.
         truncation: What ``truncate`` can do, as in ``Capabilities``.
+        copy_prefix: Whether it can copy.
+        snapshot: Whether it can make snapshots.
+        exact_block: As in ``Capabilities``; above 1 a token's KV really depends on the piece that it is
+            computed in: a whole block, less than one, or anything else.
     """
 
     end_every: int = 0
@@ -23,3 +27,6 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     token_s: float = 0.0
     kv_capacity_tokens: int | None = None
     truncation: str = "any"
+    copy_prefix: bool = True
+    snapshot: bool = False
+    exact_block: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,6 +18,7 @@ from stoker_backend_gguf.native import (
     prepare_openmp,
 )
 from stoker_backend_gguf.options import GgufOptions
+from stoker_backend_gguf.passes import exact_block
 from stoker_backend_gguf.runtime import GgufRuntime
 from stoker_backend_gguf.selftest import run_selftest
 from stoker_backend_gguf.tokenizer import GgufTokenizer
@@ -281,6 +283,15 @@ def _describe(
             # llama.cpp writes no more than the window of such layers: too little to truncate later.
             snapshot=not (exact and sliding),
             lane_locality=not native.kv_unified,
+            # Rows of unified KV see the cells of all lanes, in an order that depends on who came when.
+            exact_block=1
+            if native.kv_unified or weights.on_gpu
+            else exact_block(
+                (native.kv_type_k, native.kv_type_v),
+                flash_attention=native.flash_attention,
+                n_ubatch=min(native.n_ubatch, native.n_batch),
+            ),
+            shares_kv=native.kv_unified,
         ),
         settings={
             "architecture": header.architecture,
@@ -296,4 +307,5 @@ def _describe(
             if weights.on_gpu
             else "0",
         },
+        fingerprint=f"llama-cpp-python {version('llama-cpp-python')}",
     )

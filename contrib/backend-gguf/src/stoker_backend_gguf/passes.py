@@ -45,7 +45,8 @@ def exact_block(kv_types: tuple[str, str], *, flash_attention: str, n_ubatch: in
     """``Capabilities.exact_block`` of partitioned KV on the CPU.
 
     Rows of tiles and other rows differ in how they are rounded, so a prompt's token must always be one or
-    always the other. Where there are no tiles every row is computed by itself.
+    always the other. Where there are no tiles every row is computed by itself. (With ``n_ubatch`` no multiple
+    of a tile, runs longer than it are cut in between, and the promise does not hold for them.)
     """
     has_tiles = flash_attention != "off" and kv_types in {("f16", "f16"), ("f32", "f32")}
     return TILE_ROWS if has_tiles and n_ubatch >= TILE_ROWS else 1
