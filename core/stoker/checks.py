@@ -51,9 +51,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tenants.max_queue_tokens": _COUNT,
     "tenants.reserved_lanes": _COUNT,
     "tenants.reserved_kv": (0, 1),
+    "speculation.max_draft_tokens": (1, 64),
+    "speculation.min_ngram": (1, 16),
+    "speculation.max_ngram": (1, 16),
     "performance.threads": (1, math.inf),
 }
-_NOT_EMPTY = ("server.host", "models.model", "models.id", "models.backend", "scheduler.policy")
+_NOT_EMPTY = (
+    *("server.host", "models.model", "models.id", "models.backend", "models.draft_model"),
+    "scheduler.policy",
+)
 
 _Problem = tuple[str, str]
 """A dotted key and what is wrong with it."""
@@ -105,6 +111,12 @@ def _problems(config: Config) -> Iterator[_Problem]:
             ipaddress.ip_network(network)
         except ValueError as error:
             yield f"server.trusted_proxies[{index}]", f"not an address or a network: {error}"
+    speculation = config.speculation
+    if speculation.min_ngram > speculation.max_ngram:
+        yield (
+            "speculation.min_ngram",
+            f"{speculation.min_ngram} is more than max_ngram, which is {speculation.max_ngram}",
+        )
     yield from _problems_of_tenants(config.tenants)
 
 

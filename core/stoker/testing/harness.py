@@ -21,8 +21,9 @@ from stoker.types import (
 )
 
 if TYPE_CHECKING:
-    from stoker.config import TenantConfig
+    from stoker.config import SpeculationConfig, TenantConfig
     from stoker.engine.client import RequestStream
+    from stoker.engine.drafters import Drafter
     from stoker.engine.model_engine import Outbox
     from stoker.interfaces import Observer, Runtime, SchedulingPolicy
 
@@ -85,6 +86,8 @@ class EngineHarness:
         step_s: How long a step takes on the fake clock.
         tenants: Weights and reservations.
         reader_limits: What a reader that does not read may cost.
+        drafter: Guesses tokens for speculative decoding; by default nobody does.
+        speculation: How much it guesses.
     """
 
     def __init__(
@@ -99,6 +102,8 @@ class EngineHarness:
         step_s: float = 0.01,
         tenants: Sequence[TenantConfig] = (),
         reader_limits: ReaderLimits | None = None,
+        drafter: Drafter | None = None,
+        speculation: SpeculationConfig | None = None,
     ) -> None:
         self.runtime = runtime or ScriptedRuntime()
         self.fake_clock = FakeClock()
@@ -115,6 +120,8 @@ class EngineHarness:
             self.clock,
             Tenants(tenants),
             reader_limits=reader_limits,
+            drafter=drafter,
+            speculation=speculation,
         )
 
     def submit(
