@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from stoker.interfaces import StepCost
 
 __all__ = ["CostModel", "OutputModel"]
@@ -11,7 +9,6 @@ __all__ = ["CostModel", "OutputModel"]
 # Units in which a step's shape is measured, so that its three parts weigh about the same.
 _PREFILL_UNIT = 64
 _DECODE_UNIT = 8
-_DRAFT_UNIT = 2
 _RATE = 0.2  # how far one step moves the estimate
 _OUTLIER = 4.0  # a step that takes more than so many times the estimate counts as that many
 
@@ -20,92 +17,24 @@ class CostModel:
     """``seconds = base + prefill * p + decode * d``, fitted step by step.
 
     Normalised least mean squares (Widrow and Hoff 1960): each step corrects the estimate along its own
-    shape only, so what was learned of prompts is not lost while only decodes run. Steps with draft tokens
-    have two terms more, for their rows and for the number of different draft lengths.
+    shape only, so what was learned of prompts is not lost while only decodes run.
     """
 
     def __init__(self) -> None:
         self._weights = [0.0, 0.0, 0.0]
         self._is_new = True
-        self._draft_weights = [0.0, 0.0]
-        self._knows_drafts = False
 
-    def observe(
-        self,
-        num_prefill_tokens: int,
-        num_decodes: int,
-        seconds: float,
-        num_draft_tokens: int = 0,
-        num_draft_shapes: int = 0,
-    ) -> None:
-        """Learn from a step.
-
-        Args:
-            num_prefill_tokens: Its prompt tokens.
-            num_decodes: Its sequences that decoded.
-            seconds: How long it took.
-            num_draft_tokens: Its draft tokens.
-            num_draft_shapes: Different numbers of draft tokens among its decodes, less one.
-        """
+    def observe(self, num_prefill_tokens: int, num_decodes: int, seconds: float) -> None:
+        """Learn from a step."""
         shape = (1.0, num_prefill_tokens / _PREFILL_UNIT, num_decodes / _DECODE_UNIT)
-        if num_draft_tokens:
-            self._observe_drafts(
-                shape, seconds, (num_draft_tokens / _DRAFT_UNIT, float(num_draft_shapes))
-            )
-            return
         weights = self._weights
-        estimate = _dot(weights, shape)
+        estimate = sum(w * x for w, x in zip(weights, shape, strict=True))
         if estimate > 0:
             seconds = min(seconds, _OUTLIER * estimate)
         rate = 1.0 if self._is_new else _RATE
         self._is_new = False
         gain = rate * (seconds - estimate) / sum(x * x for x in shape)
         self._weights = [max(0.0, w + gain * x) for w, x in zip(weights, shape, strict=True)]
-
-    def _observe_drafts(
-        self, shape: tuple[float, ...], seconds: float, drafts: tuple[float, ...]
-    ) -> None:
-        rest = _dot(self._weights, shape)
-        if not self._knows_drafts:
-            # All that a first step takes longer is the drafts' doing, as far as it can be.
-            self._knows_drafts = True
-            seconds = min(
-                seconds, _OUTLIER * (rest + self._draft_guess_s * drafts[0] * _DRAFT_UNIT)
-            )
-            gain = max(0.0, seconds - rest) / sum(x * x for x in drafts)
-            self._draft_weights = [gain * x for x in drafts]
-            return
-        estimate = rest + _dot(self._draft_weights, drafts)
-        if estimate > 0:
-            seconds = min(seconds, _OUTLIER * estimate)
-        everything = (*shape, *drafts)
-        gain = _RATE * (seconds - estimate) / sum(x * x for x in everything)
-        weights = [
-            max(0.0, w + gain * x)
-            for w, x in zip((*self._weights, *self._draft_weights), everything, strict=True)
-        ]
-        self._weights, self._draft_weights = weights[:3], weights[3:]
-
-    @property
-    def knows_drafts(self) -> bool:
-        """Whether any step had draft tokens yet."""
-        return self._knows_drafts
-
-    @property
-    def draft_s(self) -> float:
-        """Seconds for each draft token; before the first one what the dearest other token costs."""
-        if not self._knows_drafts:
-            return self._draft_guess_s
-        return self._draft_weights[0] / _DRAFT_UNIT
-
-    @property
-    def draft_shape_s(self) -> float:
-        """Seconds for each more draft length in a step."""
-        return self._draft_weights[1]
-
-    @property
-    def _draft_guess_s(self) -> float:
-        return max(self._weights[1] / _PREFILL_UNIT, self._weights[2] / _DECODE_UNIT)
 
     @property
     def cost(self) -> StepCost:
@@ -114,10 +43,6 @@ class CostModel:
         return StepCost(
             base_s=base, prefill_s=prefill / _PREFILL_UNIT, decode_s=decode / _DECODE_UNIT
         )
-
-
-def _dot(weights: Iterable[float], shape: Iterable[float]) -> float:
-    return sum(w * x for w, x in zip(weights, shape, strict=True))
 
 
 class OutputModel:

@@ -65,7 +65,7 @@ class DraftCost:
     """What drafts cost in the step at hand, in seconds.
 
     Attributes:
-        step_s: The step's decodes without any draft; 0 if unknown.
+        step_s: The step's decodes without any draft; 0 if that is too little to measure.
         row_s: One row more.
         shape_s: One more draft length among its sequences: runtimes that compute lanes in groups of
             equal length need another pass for it.

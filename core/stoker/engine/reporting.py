@@ -88,9 +88,8 @@ class Reporter:
         scheduler = self._scheduler
         duration_s = self._clock() - started_s
         drafts = _NO_DRAFTS if speculator is None else speculator.step
-        scheduler.costs.observe(
-            *plan_tokens, duration_s - drafts.spent_s, drafts.num_draft_tokens, drafts.num_shapes
-        )
+        plain_s = duration_s if speculator is None else speculator.measure(*plan_tokens, duration_s)
+        scheduler.costs.observe(*plan_tokens, plain_s)
         num_accepted = sum(drafts.accepted.values())
         rate = (sum(plan_tokens) + num_accepted) / max(duration_s, 1e-9)
         past = self.tokens_per_s

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stoker.engine.draft_length import Acceptance, DraftCost, choose_lengths
+from stoker.engine.draft_costs import DraftCostModel
+from stoker.engine.draft_length import Acceptance, choose_lengths
 from stoker.errors import EngineError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ __all__ = ["Speculator", "StepDrafts"]
 
 logger = logging.getLogger("stoker.engine")
 
-_OWN_MEMORY = 10.0  # tokens that a sequence's acceptance remembers
+_OWN_MEMORY = 16.0  # tokens that a sequence's acceptance remembers
 _SHARED_MEMORY = 200.0  # the same for the model
 _FREE_PRIOR = 0.3  # acceptance before anything is known, of guesses that cost nothing
 _MODEL_PRIOR = 0.7  # and of a draft model's
@@ -42,6 +43,9 @@ _FIRST_ROWS = 8  # most draft tokens of a step while nobody knows what they cost
 _PROBE_TOKENS = 2  # draft tokens of a probe
 _PROBE_AFTER = 64  # steps without drafts before the first probe; then twice as many, and so on
 _PROBE_AFTER_MOST = 4096
+_REFRESH_AFTER = (
+    32  # steps with drafts in a row before one without: it shows what they are compared with
+)
 _PROBE_RATE = 0.4  # below, a guess whose acceptance is known anyway needs no probe
 _REST = 32  # steps without drafts after a step with drafts found no room or failed
 
@@ -105,6 +109,8 @@ class Speculator:
         self._shared = Acceptance(_SHARED_MEMORY, prior)
         self._own: dict[int, Acceptance] = {}
         self._guesses: dict[int, list[int]] = {}  # what was guessed for the step, computed or not
+        self._costs = DraftCostModel()
+        self._drafted_steps = 0
         self._quiet_steps = 0
         self._probe_after = _PROBE_AFTER
         self._rest = 0
@@ -222,21 +228,22 @@ class Speculator:
         wanted = [limits[s.sequence_id] for s in sequences]
         if not self._adaptive:
             return _in_turn(sequences, wanted, max_rows)
-        costs = self._scheduler.costs
-        if not costs.knows_drafts:
+        num_decodes = len(plan.decodes)
+        depth_s = 0.0 if self._drafter is None else self._drafter.depth_s
+        cost = self._costs.cost(num_decodes, self._scheduler.costs.cost.prefill_s, depth_s)
+        self._drafted_steps += 1
+        if cost is None or self._drafted_steps > _REFRESH_AFTER:
+            # Drafts are measured against steps without, and those must not be of long ago.
+            self._drafted_steps = 0
+            return {}
+        if not self._costs.knows_drafts(num_decodes):
             max_rows = min(max_rows, _FIRST_ROWS)
-        cost = DraftCost(
-            costs.cost.step_s(0, len(plan.decodes)),
-            costs.draft_s,
-            costs.draft_shape_s,
-            0.0 if self._drafter is None else self._drafter.depth_s,
-        )
         shared = self._shared.rate()
         rates = [
             shared if (own := self._own.get(s.sequence_id)) is None else own.rate(shared)
             for s in sequences
         ]
-        lengths = choose_lengths(len(plan.decodes), rates, wanted, cost, max_rows)
+        lengths = choose_lengths(num_decodes, rates, wanted, cost, max_rows)
         if any(lengths):
             self._quiet_steps, self._probe_after = 0, _PROBE_AFTER
             return {s.sequence_id: k for s, k in zip(sequences, lengths, strict=True) if k}
@@ -246,6 +253,7 @@ class Speculator:
         self, sequences: list[Sequence], rates: list[float], wanted: list[int], max_rows: int
     ) -> dict[int, int]:
         """Now and then, and ever more rarely, a short draft: what is known may not be true any more."""
+        self._drafted_steps = 0
         self._quiet_steps += 1
         if self._quiet_steps < self._probe_after:
             return {}
@@ -257,6 +265,26 @@ class Speculator:
         return {sequences[at].sequence_id: min(_PROBE_TOKENS, wanted[at], max_rows)}
 
     # ------------------------------------------------------------------ after a step
+
+    def measure(self, num_prefill_tokens: int, num_decodes: int, seconds: float) -> float:
+        """Learn from how long the step took.
+
+        Args:
+            num_prefill_tokens: Its prompt tokens.
+            num_decodes: Its sequences that decoded.
+            seconds: How long it took.
+
+        Returns:
+            How long it would have taken without drafts.
+        """
+        step = self.step
+        seconds -= step.spent_s
+        if num_decodes and not num_prefill_tokens:
+            self._costs.observe(num_decodes, seconds, step.num_draft_tokens, step.num_shapes)
+        if not step.num_draft_tokens:
+            return seconds
+        added_s = self._costs.added_s(num_decodes, step.num_draft_tokens, step.num_shapes)
+        return max(0.0, seconds - added_s)
 
     def settle(self, sequence: Sequence, tokens: list[int], done: Advance, plan: Plan) -> bool:
         """Learn what a draft was worth, and take out of the lane what was not accepted.
