@@ -238,7 +238,9 @@ class Server(ServerContext):
         if model.draft_model is not None:
             # As many lanes and as much context as the model itself has.
             lanes, context = runtime.info.num_lanes, runtime.info.context_length
-            wanted = ModelConfig(model=model.draft_model, lanes=lanes, context=context)
+            wanted = ModelConfig(
+                model=model.draft_model, backend=model.backend, lanes=lanes, context=context
+            )
             _, _, draft = self._load_runtime(wanted)
             check_draft_model(runtime, draft, model.model, model.draft_model)
             return DraftModelDrafter(draft, self.clock)
