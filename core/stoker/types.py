@@ -162,7 +162,8 @@ class StepInput:
         token_ids: ``int32[T]``.
         positions: ``int32[T]``, position of each token in its lane, from 0.
         lanes: ``int32[T]``, the lane of each token.
-        wants_logits: ``bool[T]``, the rows whose logits are needed; R of them are true.
+        wants_logits: ``bool[T]``, the rows whose logits are needed; R of them are true. A lane may have
+            several: guessed tokens that are to be verified (speculative decoding).
     """
 
     token_ids: NDArray[np.int32]
