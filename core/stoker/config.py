@@ -193,7 +193,8 @@ class SpeculationConfig(Section, frozen=True, kw_only=True):
     Attributes:
         method: ``ngram`` guesses that what followed the same few tokens before follows again; ``none``
             guesses nothing. A model with a ``draft_model`` has that guess instead.
-        max_draft_tokens: Most tokens that are guessed for a sequence at once.
+        max_draft_tokens: Most tokens that are guessed for a sequence at once. (15 and the token that is
+            sure are 16 rows, and kernels like such numbers.)
         min_ngram: Fewest tokens that must occur again for a guess.
         max_ngram: Most tokens that are looked for.
         adaptive: Guess only as far as it pays, by what was accepted lately and what a step costs; if false
@@ -201,7 +202,7 @@ class SpeculationConfig(Section, frozen=True, kw_only=True):
     """
 
     method: Literal["ngram", "none"] = "ngram"
-    max_draft_tokens: int = 16
+    max_draft_tokens: int = 15
     min_ngram: int = 2
     max_ngram: int = 4
     adaptive: bool = True

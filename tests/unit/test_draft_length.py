@@ -19,6 +19,7 @@ def rate_of(num_decodes: int, rates: list[float], lengths: list[int], cost: Draf
     )
     shapes = len({*lengths, *([0] if num_decodes > len(lengths) else [])}) - 1
     seconds = cost.step_s + cost.row_s * sum(lengths) + cost.shape_s * shapes
+    seconds += cost.start_s if any(lengths) else 0.0
     return tokens / (seconds + cost.depth_s * max(lengths, default=0))
 
 
@@ -49,6 +50,12 @@ def test_with_costs_unknown_only_what_is_likely_is_drafted() -> None:
     assert choose_lengths(1, [0.9], [8], unknown, 0) == [0]
 
 
+def test_where_any_draft_is_dear_it_is_a_long_one_or_none() -> None:
+    cost = DraftCost(step_s=0.0074, row_s=0.0038, start_s=0.003)
+    assert choose_lengths(1, [0.75], [15], cost, 100) == [0]
+    assert choose_lengths(1, [0.97], [15], cost, 100)[0] > 7
+
+
 def test_another_length_is_avoided_where_it_costs_a_pass() -> None:
     cost = DraftCost(step_s=0.02, row_s=0.001, shape_s=0.01)
     lengths = choose_lengths(2, [0.95, 0.9], [12, 12], cost, 100)
@@ -69,13 +76,20 @@ def test_a_slow_draft_model_drafts_less() -> None:
     others=st.integers(0, 3),
     limit=st.integers(1, 3),
     row_s=st.floats(0.0001, 0.02),
+    start_s=st.sampled_from([0.0, 0.004]),
     depth_s=st.sampled_from([0.0, 0.001]),
     max_rows=st.integers(0, 9),
 )
 def test_it_is_the_best_there_is_and_never_worse_than_none(
-    rates: list[float], others: int, limit: int, row_s: float, depth_s: float, max_rows: int
+    rates: list[float],
+    others: int,
+    limit: int,
+    row_s: float,
+    start_s: float,
+    depth_s: float,
+    max_rows: int,
 ) -> None:
-    cost = DraftCost(step_s=0.01, row_s=row_s, depth_s=depth_s)
+    cost = DraftCost(step_s=0.01, row_s=row_s, start_s=start_s, depth_s=depth_s)
     n = len(rates) + others
     lengths = choose_lengths(n, rates, [limit] * len(rates), cost, max_rows)
     assert sum(lengths) <= max_rows

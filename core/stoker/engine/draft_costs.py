@@ -14,20 +14,25 @@ _RATE = 0.2  # how far one step moves an estimate
 _QUICK_RATE = 0.5  # and if drafts turn out to cost less than half of what was believed
 _OUTLIER = 4.0  # a step that takes more than so many times the estimate counts as that many
 _ENOUGH_STEPS = 4  # steps without drafts before their time is believed
-_ROW_UNIT = 2.0  # in rows: so that rows and lengths weigh about the same
+# Units in which a step's drafts are measured, so that the three parts of their cost weigh about the same.
+_ROW_UNIT = 4.0
+_START_UNIT = 0.5
+
+_Weights = tuple[float, float, float]  # for having drafts at all, for rows, for lengths
 
 
 class DraftCostModel:
     """Seconds of decode steps without drafts, by number of sequences, and of what drafts add.
 
-    What drafts add is ``row_s * rows + shape_s * shapes``, corrected by normalised least mean squares as in
-    ``CostModel``, separately for 1, 2 to 3, 4 to 7, ... sequences: a row that is cheap alone need not be so
-    in a crowd. Steps that also compute prompts tell nothing.
+    What drafts add is ``start_s + row_s * rows + shape_s * shapes``, corrected by normalised least mean
+    squares as in ``CostModel``, separately for 1, 2 to 3, 4 to 7, ... sequences: a row that is cheap alone
+    need not be so in a crowd. (``start_s`` is there because one row is often computed by a quicker kernel
+    than several.) Steps that also compute prompts tell nothing.
     """
 
     def __init__(self) -> None:
         self._plain: dict[int, tuple[float, int]] = {}  # sequences: seconds, steps seen
-        self._added: dict[int, tuple[float, float]] = {}  # size class: for rows, for shapes
+        self._added: dict[int, _Weights] = {}  # by size class
 
     def observe(self, num_decodes: int, seconds: float, num_rows: int, num_shapes: int) -> None:
         """Learn from a step that only decoded.
@@ -39,7 +44,7 @@ class DraftCostModel:
             num_shapes: Different numbers of draft tokens among its sequences, less one.
         """
         if num_rows:
-            self._observe_drafts(num_decodes, seconds, (num_rows / _ROW_UNIT, float(num_shapes)))
+            self._observe_drafts(num_decodes, seconds, _shape(num_rows, num_shapes))
             return
         known_s, count = self._plain.get(num_decodes, (seconds, 0))
         rate = max(_RATE, 1.0 / (count + 1))
@@ -47,26 +52,31 @@ class DraftCostModel:
             seconds = min(seconds, _OUTLIER * known_s)
         self._plain[num_decodes] = (known_s + rate * (seconds - known_s), count + 1)
 
-    def _observe_drafts(self, num_decodes: int, seconds: float, shape: tuple[float, float]) -> None:
+    def _observe_drafts(self, num_decodes: int, seconds: float, shape: _Weights) -> None:
         plain_s, count = self._plain.get(num_decodes, (0.0, 0))
         if not count:
             return
-        added_s = max(0.0, min(seconds, _OUTLIER * (1.0 + shape[0]) * plain_s) - plain_s)
+        # A row that costs as much as a whole step never pays; how much more it costs does not matter.
+        added_s = min(max(0.0, seconds - plain_s), shape[1] * _ROW_UNIT * plain_s)
         size = num_decodes.bit_length()
-        if size not in self._added:
-            self._added[size] = (added_s / shape[0], 0.0)
+        weights = self._added.get(size)
+        if weights is None:
+            self._added[size] = (0.0, added_s / shape[1], 0.0)
             return
-        row, other = self._added[size]
-        estimate = row * shape[0] + other * shape[1]
-        added_s = min(added_s, _OUTLIER * estimate + plain_s)
-        rate = _QUICK_RATE if added_s < estimate / 2 else _RATE
-        gain = rate * (added_s - estimate) / (shape[0] ** 2 + shape[1] ** 2)
-        self._added[size] = (max(0.0, row + gain * shape[0]), max(0.0, other + gain * shape[1]))
+        estimate = _dot(weights, shape)
+        error = min(added_s, _OUTLIER * estimate + plain_s) - estimate
+        if error < 0.0:  # what is at 0 already cannot take a part of it
+            start, row, other = (x if w else 0.0 for w, x in zip(weights, shape, strict=True))
+            shape = (start, row, other)
+        gain = (_QUICK_RATE if error < -estimate / 2 else _RATE) * error
+        gain /= _dot(shape, shape) or 1.0
+        start, row, other = (max(0.0, w + gain * x) for w, x in zip(weights, shape, strict=True))
+        self._added[size] = (start, row, other)
 
     def added_s(self, num_decodes: int, num_rows: int, num_shapes: int) -> float:
         """Seconds that drafts add to a step; 0 where that is unknown."""
-        row, other = self._added.get(num_decodes.bit_length(), (0.0, 0.0))
-        return row * num_rows / _ROW_UNIT + other * num_shapes
+        weights = self._added.get(num_decodes.bit_length())
+        return 0.0 if weights is None else _dot(weights, _shape(num_rows, num_shapes))
 
     def knows_drafts(self, num_decodes: int) -> bool:
         """Whether there was a step with drafts of about so many sequences."""
@@ -85,6 +95,17 @@ class DraftCostModel:
             return None
         known = self._added.get(num_decodes.bit_length())
         if known is None:
-            others = [row / _ROW_UNIT for row, _ in self._added.values()]
-            return DraftCost(plain_s, max([guess_s, *others]), 0.0, depth_s)
-        return DraftCost(plain_s, known[0] / _ROW_UNIT, known[1], depth_s)
+            others = [row / _ROW_UNIT for _, row, _ in self._added.values()]
+            return DraftCost(plain_s, max([guess_s, *others]), depth_s=depth_s)
+        start, row, other = known
+        return DraftCost(
+            plain_s, row / _ROW_UNIT, start_s=start / _START_UNIT, shape_s=other, depth_s=depth_s
+        )
+
+
+def _shape(num_rows: int, num_shapes: int) -> _Weights:
+    return 1.0 / _START_UNIT, num_rows / _ROW_UNIT, float(num_shapes)
+
+
+def _dot(a: _Weights, b: _Weights) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]

@@ -67,6 +67,7 @@ class DraftCost:
     Attributes:
         step_s: The step's decodes without any draft; 0 if that is too little to measure.
         row_s: One row more.
+        start_s: Any draft at all.
         shape_s: One more draft length among its sequences: runtimes that compute lanes in groups of
             equal length need another pass for it.
         depth_s: Guessing one more token for all its sequences, if that takes a model.
@@ -74,6 +75,7 @@ class DraftCost:
 
     step_s: float
     row_s: float
+    start_s: float = 0.0
     shape_s: float = 0.0
     depth_s: float = 0.0
 
@@ -134,7 +136,7 @@ def _fill(
     gains.sort(reverse=True)
     lengths = [0] * len(rates)
     tokens = float(num_decodes)
-    seconds = cost.step_s + cost.depth_s * max(limits)
+    seconds = cost.step_s + cost.start_s + cost.depth_s * max(limits)
     for gain, at in gains[:max_rows]:
         if gain * seconds <= tokens * cost.row_s:
             break
@@ -161,5 +163,5 @@ def _tokens_per_s(
     shapes = len(set(lengths))
     if num_decodes > len(lengths):
         shapes += 0 not in lengths
-    seconds = cost.step_s + cost.row_s * sum(lengths)
+    seconds = cost.step_s + cost.row_s * sum(lengths) + (cost.start_s if any(lengths) else 0.0)
     return tokens / (seconds + cost.shape_s * (shapes - 1) + cost.depth_s * max(lengths))

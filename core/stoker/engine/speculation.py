@@ -40,7 +40,8 @@ _SHARED_MEMORY = 200.0  # the same for the model
 _FREE_PRIOR = 0.3  # acceptance before anything is known, of guesses that cost nothing
 _MODEL_PRIOR = 0.7  # and of a draft model's
 _FIRST_ROWS = 8  # most draft tokens of a step while nobody knows what they cost
-_PROBE_TOKENS = 2  # draft tokens of a probe
+_PROBE_TOKENS = 4  # draft tokens of a probe that costs nothing to guess
+_DEAR_PROBE_TOKENS = 1  # and of one that does
 _PROBE_AFTER = 64  # steps without drafts before the first probe; then twice as many, and so on
 _PROBE_AFTER_MOST = 4096
 _REFRESH_AFTER = (
@@ -262,7 +263,8 @@ class Speculator:
             return {}
         self._quiet_steps = 0
         self._probe_after = min(2 * self._probe_after, _PROBE_AFTER_MOST)
-        return {sequences[at].sequence_id: min(_PROBE_TOKENS, wanted[at], max_rows)}
+        length = _PROBE_TOKENS if self._is_free else _DEAR_PROBE_TOKENS
+        return {sequences[at].sequence_id: min(length, wanted[at], max_rows)}
 
     # ------------------------------------------------------------------ after a step
 
