@@ -58,13 +58,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "cache.insert_every": (1, math.inf),
     "cache.host_bytes": _COUNT,
     "cache.disk_bytes": _COUNT,
+    "speculation.max_draft_tokens": (1, 64),
+    "speculation.min_ngram": (1, 16),
+    "speculation.max_ngram": (1, 16),
     "performance.threads": (1, math.inf),
 }
 _NOT_EMPTY = (
-    "server.host",
-    "models.model",
-    "models.id",
-    "models.backend",
+    *("server.host", "models.model", "models.id", "models.backend", "models.draft_model"),
     "scheduler.policy",
     "cache.eviction",
 )
@@ -119,6 +119,12 @@ def _problems(config: Config) -> Iterator[_Problem]:
             ipaddress.ip_network(network)
         except ValueError as error:
             yield f"server.trusted_proxies[{index}]", f"not an address or a network: {error}"
+    speculation = config.speculation
+    if speculation.min_ngram > speculation.max_ngram:
+        yield (
+            "speculation.min_ngram",
+            f"{speculation.min_ngram} is more than max_ngram, which is {speculation.max_ngram}",
+        )
     yield from _problems_of_tenants(config.tenants)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "PerformanceConfig",
     "SchedulerConfig",
     "ServerConfig",
+    "SpeculationConfig",
     "TenantConfig",
 ]
 
@@ -83,6 +84,8 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         lanes: How many sequences run at once.
         context: Most tokens (prompt and answer) of one request.
         weight: Its share of the device's time while other models of the device have work, too.
+        draft_model: A smaller model of the same vocabulary that guesses tokens for this one (speculative
+            decoding); a path or a reference, as ``model``.
         options: Options of the backend for this model; they win over ``[plugins.<backend>]``.
     """
 
@@ -92,6 +95,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     lanes: int | None = None
     context: int | None = None
     weight: float = 1.0
+    draft_model: str | None = None
     options: dict[str, Any] = {}
 
 
@@ -217,6 +221,27 @@ class CacheConfig(Section, frozen=True, kw_only=True):
     warm_up: list[str] = []
 
 
+class SpeculationConfig(Section, frozen=True, kw_only=True):
+    """``[speculation]``: several tokens of a sequence in one step, guessed first and verified then.
+
+    Attributes:
+        method: ``ngram`` guesses that what followed the same few tokens before follows again; ``none``
+            guesses nothing. A model with a ``draft_model`` has that guess instead.
+        max_draft_tokens: Most tokens that are guessed for a sequence at once. (15 and the token that is
+            sure are 16 rows, and kernels like such numbers.)
+        min_ngram: Fewest tokens that must occur again for a guess.
+        max_ngram: Most tokens that are looked for.
+        adaptive: Guess only as far as it pays, by what was accepted lately and what a step costs; if false
+            always as far as possible, which is for measurements.
+    """
+
+    method: Literal["ngram", "none"] = "ngram"
+    max_draft_tokens: int = 15
+    min_ngram: int = 2
+    max_ngram: int = 4
+    adaptive: bool = True
+
+
 class PerformanceConfig(Section, frozen=True, kw_only=True):
     """``[performance]``: the machine.
 
@@ -261,6 +286,7 @@ class Config(Section, frozen=True, kw_only=True):
         admission: What is accepted.
         tenants: Who uses it; read again when the file changes.
         cache: KV reuse.
+        speculation: Guessed tokens.
         performance: The machine.
         logging: What is written to standard error.
         metrics: ``/metrics``.
@@ -274,6 +300,7 @@ class Config(Section, frozen=True, kw_only=True):
     admission: AdmissionConfig = AdmissionConfig()
     tenants: list[TenantConfig] = []
     cache: CacheConfig = CacheConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
     performance: PerformanceConfig = PerformanceConfig()
     logging: LoggingConfig = LoggingConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -18,8 +18,10 @@ from stoker.chat_template import ChatTemplate
 from stoker.config import Config, ModelConfig, TenantConfig
 from stoker.discovery import Plugins, resolve_model
 from stoker.engine.client import EngineClient
+from stoker.engine.draft_model import DraftModelDrafter, check_draft_model
 from stoker.engine.loop import EngineLoop
 from stoker.engine.model_engine import ModelEngine
+from stoker.engine.ngram import NgramDrafter
 from stoker.engine.readers import ReaderLimits
 from stoker.errors import ConfigError, ModelError
 from stoker.history import History
@@ -51,6 +53,7 @@ from stoker.warm_up import WarmUp, read_warm_up
 if TYPE_CHECKING:
     from stoker.api.access import Application
     from stoker.api.auth import KeyRing
+    from stoker.engine.drafters import Drafter
 
 __all__ = ["Server", "build_server"]
 
@@ -192,24 +195,8 @@ class Server(ServerContext):
 
     def _load_model(self, model: ModelConfig) -> RoutedModel:
         config = self.config
-        local = resolve_model(model.model, self.plugins, progress=True)
-        info = self._backend_for(model, local)
-        options = self.plugins.options(info, config, extra=model.options)
-        started_s = self.clock()
-        runtime = info.factory().load(
-            local,
-            LoadSettings(
-                lanes=model.lanes,
-                context_length=model.context,
-                threads=config.performance.threads,
-                max_step_tokens=config.scheduler.max_num_batched_tokens,
-                options=options,
-            ),
-        )
-        self._runtimes.append(runtime)
-        logger.info("loaded %s in %.1f s", local.path.name, self.clock() - started_s)
-        for warning in runtime.info.warnings:
-            logger.warning("%s", warning)
+        local, info, runtime = self._load_runtime(model)
+        drafter = self._drafter_for(model, runtime)
         self._check_reservations(runtime.info.num_lanes)
         served = ServedModel(
             model_id=model.id or local.model_id,
@@ -248,6 +235,8 @@ class Server(ServerContext):
             ),
             eviction=self._eviction(),
             store=store,
+            drafter=drafter,
+            speculation=config.speculation,
         )
         loop.engines.append(engine)
         template = ChatTemplate(
@@ -258,6 +247,43 @@ class Server(ServerContext):
         )
         client = EngineClient(engine, loop, store)
         return RoutedModel(served, client, template, heartbeat_s=lambda: loop.heartbeat_s)
+
+    def _load_runtime(self, model: ModelConfig) -> tuple[LocalModel, BackendInfo, Runtime]:
+        config = self.config
+        local = resolve_model(model.model, self.plugins, progress=True)
+        info = self._backend_for(model, local)
+        started_s = self.clock()
+        runtime = info.factory().load(
+            local,
+            LoadSettings(
+                lanes=model.lanes,
+                context_length=model.context,
+                threads=config.performance.threads,
+                max_step_tokens=config.scheduler.max_num_batched_tokens,
+                options=self.plugins.options(info, config, extra=model.options),
+            ),
+        )
+        self._runtimes.append(runtime)
+        logger.info("loaded %s in %.1f s", local.path.name, self.clock() - started_s)
+        for warning in runtime.info.warnings:
+            logger.warning("%s", warning)
+        return local, info, runtime
+
+    def _drafter_for(self, model: ModelConfig, runtime: Runtime) -> Drafter | None:
+        """Who guesses tokens for a model, if anybody does."""
+        config = self.config.speculation
+        if model.draft_model is not None:
+            # As many lanes and as much context as the model itself has.
+            lanes, context = runtime.info.num_lanes, runtime.info.context_length
+            wanted = ModelConfig(
+                model=model.draft_model, backend=model.backend, lanes=lanes, context=context
+            )
+            _, _, draft = self._load_runtime(wanted)
+            check_draft_model(runtime, draft, model.model, model.draft_model)
+            return DraftModelDrafter(draft, self.clock)
+        if config.method == "none" or runtime.info.capabilities.truncation != "any":
+            return None
+        return NgramDrafter(config.min_ngram, config.max_ngram)
 
     def _check_reservations(self, num_lanes: int) -> None:
         """Refuse reservations that would leave nobody else a lane, ever."""

@@ -164,7 +164,8 @@ class StepInput:
         token_ids: ``int32[T]``.
         positions: ``int32[T]``, position of each token in its lane, from 0.
         lanes: ``int32[T]``, the lane of each token.
-        wants_logits: ``bool[T]``, the rows whose logits are needed; R of them are true.
+        wants_logits: ``bool[T]``, the rows whose logits are needed; R of them are true. A lane may have
+            several: guessed tokens that are to be verified (speculative decoding).
     """
 
     token_ids: NDArray[np.int32]
@@ -249,7 +250,7 @@ class ScheduledTokens(NamedTuple):
     Attributes:
         tenant: Who pays.
         prefill: Prompt tokens computed for the first time.
-        decode: 1 if it decoded, else 0.
+        decode: 1 if it decoded, else 0; more by the draft tokens that were accepted.
         recomputed: Tokens that had been computed before it lost its lane: nobody's fault but the scheduler's.
         sequence_id: The sequence.
     """
@@ -279,13 +280,19 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
         num_cache_hits: Of those, tokens found, since the start.
         num_policy_errors: How often the policy failed, since the start.
         num_runtime_errors: How often the runtime failed, in a step or in freeing KV, since the start.
-        token_gaps_s: For each sequence that got a token and had one before: seconds since.
+        token_gaps_s: For each sequence that got tokens and had some before: seconds since. One gap for a
+            step, however many tokens it brought.
         scheduled: What was computed for each scheduled sequence.
         num_recomputed_tokens: Tokens computed again after a preemption.
         num_paused: Sequences that wait for their reader, after the step.
         policy_s: Of ``duration_s``, inside the policy (its ``on_step`` counts for the next record).
         num_slow_policy_calls: Calls of the policy that held up everything for long, since the start.
         num_observer_errors: How often an observer failed, since the start.
+        num_drafts: Sequences that had draft tokens in the step (speculative decoding).
+        num_draft_tokens: Their draft tokens.
+        num_accepted_tokens: Of those, tokens that became output.
+        accepted_per_position: Of those, how many stood first, second, ... in their draft.
+        num_drafter_errors: How often the drafter failed, since the start; it is switched off by that.
     """
 
     model: str
@@ -309,6 +316,11 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     policy_s: float = 0.0
     num_slow_policy_calls: int = 0
     num_observer_errors: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: Sequence[int] = ()
+    num_drafter_errors: int = 0
 
 
 class Preemption(msgspec.Struct, frozen=True, kw_only=True):
@@ -349,6 +361,8 @@ class SequenceTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
         num_prefill_steps: Steps that computed prompt tokens of it.
         num_decode_steps: Steps that decoded it.
         num_deferred_steps: Steps whose decode the policy left out.
+        draft_tokens: Tokens guessed for it and computed (speculative decoding).
+        accepted_tokens: Of those, tokens that became output.
         num_preemptions: How often it lost its lane.
         preemptions: The first of them, at most 16.
         paused_s: How long it waited for its reader.
@@ -378,6 +392,8 @@ class SequenceTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     num_prefill_steps: int = 0
     num_decode_steps: int = 0
     num_deferred_steps: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     num_preemptions: int = 0
     preemptions: Sequence[Preemption] = ()
     paused_s: float = 0.0

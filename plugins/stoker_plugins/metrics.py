@@ -91,6 +91,15 @@ class Metrics(Observer):
         self.policy_seconds = counter("policy_seconds", "Time spent in the policy.")
         self.observer_errors = counter("observer_errors", "Failures of observers.")
         self.runtime_errors = counter("runtime_errors", "Steps that the runtime failed.")
+        self.drafts = counter("spec_decode_num_drafts", "Drafts verified.")
+        self.draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens computed.")
+        self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Of those, accepted.")
+        self.accepted_per_position = counter(
+            "spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by their place in the draft, from 0.",
+            ("position",),
+        )
+        self.drafter_errors = counter("drafter_errors", "Failures of the drafter.")
         self.finished = counter("request_success", "Sequences ended.", ("finished_reason",))
         self.errors = counter(
             "request_errors", "Sequences that ended with an error, by its code.", ("code",)
@@ -177,6 +186,9 @@ class _ModelMetrics:
         self._step_time = metrics.step_time.labels(model)
         self._runtime_time = metrics.runtime_time.labels(model)
         self._batch_tokens = metrics.batch_tokens.labels(model)
+        self._drafts = metrics.drafts.labels(model)
+        self._draft_tokens = metrics.draft_tokens.labels(model)
+        self._accepted_tokens = metrics.accepted_tokens.labels(model)
         self._policy_seconds = metrics.policy_seconds.labels(model)
         # Counters that the engine keeps since its start: the metric follows by the difference.
         self._running_totals = {
@@ -186,6 +198,7 @@ class _ModelMetrics:
             "num_runtime_errors": metrics.runtime_errors.labels(model),
             "num_slow_policy_calls": metrics.slow_policy_calls.labels(model),
             "num_observer_errors": metrics.observer_errors.labels(model),
+            "num_drafter_errors": metrics.drafter_errors.labels(model),
         }
         self._seen = dict.fromkeys(self._running_totals, 0)
 
@@ -205,8 +218,18 @@ class _ModelMetrics:
         self._runtime_time.observe(record.runtime_s)
         self._batch_tokens.observe(record.num_prefill_tokens + record.num_decode_tokens)
         self._policy_seconds.inc(record.policy_s)
+        if record.num_drafts:
+            self._count_drafts(record)
         for gap in record.token_gaps_s:
             self._itl.observe(gap)
+
+    def _count_drafts(self, record: StepRecord) -> None:
+        self._drafts.inc(record.num_drafts)
+        self._draft_tokens.inc(record.num_draft_tokens)
+        self._accepted_tokens.inc(record.num_accepted_tokens)
+        per_position = self._metrics.accepted_per_position
+        for position, count in enumerate(record.accepted_per_position):
+            per_position.labels(self._model, str(position)).inc(count)
 
     def on_finish(self, record: RequestRecord) -> None:
         self._finished[record.finish_reason].inc()

@@ -182,3 +182,33 @@ def test_slow_policies_and_failing_observers_are_counted() -> None:
     assert (
         found["stoker_observer_errors_total{}"] == 2
     )  # the last step's failure comes with the next
+
+
+def test_drafts_are_counted_as_vllm_counts_them() -> None:
+    metrics = Metrics()
+    for accepted, per_position in ((3, [2, 1, 0]), (1, [1])):
+        step = StepRecord(
+            model="m",
+            started_s=0.0,
+            duration_s=0.1,
+            runtime_s=0.1,
+            num_prefill_tokens=0,
+            num_decode_tokens=4,
+            num_generated_tokens=4 + accepted,
+            num_running=4,
+            num_waiting=0,
+            num_preemptions=0,
+            num_drafts=2,
+            num_draft_tokens=5,
+            num_accepted_tokens=accepted,
+            accepted_per_position=per_position,
+            num_drafter_errors=1,
+        )
+        metrics.on_step(step)
+    found = values(metrics)
+    assert found["stoker_spec_decode_num_drafts_total"] == 4
+    assert found["stoker_spec_decode_num_draft_tokens_total"] == 10
+    assert found["stoker_spec_decode_num_accepted_tokens_total"] == 4
+    per_position = "stoker_spec_decode_num_accepted_tokens_per_pos_total"
+    assert [found[f'{per_position}{{position="{at}"}}'] for at in range(3)] == [3, 1, 0]
+    assert found["stoker_drafter_errors_total"] == 1

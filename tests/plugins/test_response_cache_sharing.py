@@ -556,7 +556,9 @@ async def test_a_second_answer_that_begins_differently_is_an_error_not_a_mixture
     await asyncio.sleep(0.06)
     shifted = type(rig.runtime)._next_tokens
     monkeypatch.setattr(
-        rig.runtime, "_next_tokens", lambda states: (shifted(rig.runtime, states) + 1) % 120
+        rig.runtime,
+        "_next_tokens",
+        lambda states, earlier: (shifted(rig.runtime, states, earlier) + 1) % 120,
     )
     rig.allow(OPEN)
     with pytest.raises(DeadlineError):

@@ -11,9 +11,11 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Rows
 from typing import Any
 
+import numpy as np
 import pytest
 
 import stoker_plugins
@@ -27,7 +29,9 @@ from stoker import (
     StepInput,
     StepRecord,
 )
-from stoker.config import CacheConfig, SchedulerConfig, TenantConfig
+from stoker.config import CacheConfig, SchedulerConfig, SpeculationConfig, TenantConfig
+from stoker.engine.drafters import Drafter
+from stoker.engine.ngram import NgramDrafter
 from stoker.engine.readers import ReaderLimits
 from stoker.engine.sequence import Sequence, SequenceStatus
 from stoker.errors import (
@@ -106,6 +110,33 @@ class Books(Observer):
             raise KeyError("an observer's trouble")
 
 
+class Guesser(Drafter):
+    """Guesses what the scripted model says, wrong at a random place, and sometimes fails."""
+
+    def __init__(self, dice: random.Random, end_every: int) -> None:
+        self.dice = dice
+        self.is_free = dice.random() < 0.5
+        self.fails = dice.choice([0.0, 0.0, 0.01])
+        self.model = ScriptedRuntime(options=ScriptedOptions(end_every=end_every))
+
+    def propose(
+        self, sequences: Rows[Sequence], limits: Mapping[int, int]
+    ) -> dict[int, np.ndarray[Any, Any]]:
+        if self.dice.random() < self.fails:
+            raise RuntimeError("a drafter's trouble")
+        drafts = {}
+        for sequence in self.dice.sample(list(sequences), self.dice.randint(0, len(sequences))):
+            known = sequence.tokens[: sequence.num_tokens].tolist()
+            text = self.model.expected_text(known, limits[sequence.sequence_id])
+            draft = np.frombuffer(text.encode() + b"xyz", np.uint8).astype(np.int32)
+            draft[self.dice.randint(0, len(draft) - 1)] = self.dice.choice([-1, 97, 261])
+            drafts[sequence.sequence_id] = draft
+        return drafts
+
+    def forget(self, sequence_id: int) -> None:
+        pass
+
+
 class Life:
     """One engine from its birth to its last request.
 
@@ -164,6 +195,8 @@ class Life:
             reader_limits=ReaderLimits(
                 max_unread_tokens=dice.choice([2, 5, 4096]), timeout_s=dice.choice([0.3, 30.0])
             ),
+            drafter=self._drafter(),
+            speculation=SpeculationConfig(adaptive=seed % 3 == 0, max_draft_tokens=seed % 7 + 1),
         )
         self.engine = self.harness.engine
         self.requests: list[Submitted] = []
@@ -182,6 +215,13 @@ class Life:
         info = self.dice.choice(policies())
         options = () if info.options is None else (info.options(),)
         return info.name, info.factory(*options)
+
+    def _drafter(self) -> Drafter | None:
+        dice = random.Random(-1 - self.seed)
+        chosen = dice.randint(0, 3)
+        if chosen < 2:
+            return Guesser(dice, self.end_every)
+        return NgramDrafter(1, 2) if chosen == 2 else None
 
     def _scheduler_config(self) -> SchedulerConfig:
         dice = self.dice

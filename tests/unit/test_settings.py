@@ -270,3 +270,14 @@ def test_every_setting_has_an_origin(write: Write) -> None:
     for section in ("server", "scheduler", "admission", "cache", "performance", "logging"):
         assert any(dotted.startswith(f"{section}.") for dotted in origins)
     assert origins["plugins.x.y"].endswith("stoker.toml")
+
+
+def test_speculation_is_checked(write: Write) -> None:
+    config, _ = load_config(write("[speculation]\nmin_ngram = 3\nmax_ngram = 5\n"), {}, {})
+    assert (config.speculation.method, config.speculation.min_ngram) == ("ngram", 3)
+    with pytest.raises(ConfigError, match=r"speculation.min_ngram: 5 is more than max_ngram"):
+        load_config(write("[speculation]\nmin_ngram = 5\n"), {}, {})
+    with pytest.raises(ConfigError, match=r"speculation.max_draft_tokens: must be at most 64"):
+        load_config(write("[speculation]\nmax_draft_tokens = 65\n"), {}, {})
+    environ = {"STOKER_MODEL_DRAFT_MODEL": "small.gguf"}
+    assert load_config(write(""), environ, {})[0].models[0].draft_model == "small.gguf"

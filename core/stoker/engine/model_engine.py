@@ -7,15 +7,19 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING
 
+from stoker.config import SpeculationConfig
 from stoker.engine import sampler
+from stoker.engine.advance import Advance, advance
 from stoker.engine.costs import OutputModel
 from stoker.engine.detokenizer import Detokenizer, TokenText
+from stoker.engine.isolation import FailureIsolation
 from stoker.engine.lanes import LanePool
 from stoker.engine.plan import Plan
 from stoker.engine.readers import ReaderLimits, SlowReaders
 from stoker.engine.reporting import Reporter
 from stoker.engine.scheduler import Scheduler
 from stoker.engine.sequence import Sequence, SequenceStatus
+from stoker.engine.speculation import Speculator
 from stoker.engine.waiting import WaitingTable
 from stoker.errors import DeadlineError, EngineError, RequestError
 from stoker.interfaces import EngineSnapshot, LoadSnapshot, TenantLoad
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
     from stoker.config import CacheConfig, SchedulerConfig
     from stoker.engine.client import RequestStream
+    from stoker.engine.drafters import Drafter
     from stoker.interfaces import (
         EvictionStrategy,
         Observer,
@@ -60,6 +65,8 @@ class ModelEngine:
         reader_limits: What a reader that does not read may cost.
         eviction: Which kept prefix goes first; the least recently used if ``None``.
         store: Where evicted KV goes; nowhere if ``None``. The engine does not close it.
+        drafter: Guesses tokens for speculative decoding; without one there is none.
+        speculation: How much it guesses.
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class ModelEngine:
         reader_limits: ReaderLimits | None = None,
         eviction: EvictionStrategy | None = None,
         store: SnapshotStore | None = None,
+        drafter: Drafter | None = None,
+        speculation: SpeculationConfig | None = None,
     ) -> None:
         info = runtime.info
         self.model = model
@@ -99,6 +108,13 @@ class ModelEngine:
         )
         self.policy = policy
         self._readers = SlowReaders(self.scheduler, reader_limits or ReaderLimits())
+        self.speculator: Speculator | None = None
+        # What a lane cannot take back it must not be given on trust.
+        if drafter is not None and info.capabilities.truncation == "any":
+            self.speculator = Speculator(
+                model, drafter, speculation or SpeculationConfig(), info, self.scheduler, clock
+            )
+        self._isolation = FailureIsolation(self.scheduler, self._compute, self._fail)
         self._waiting = WaitingTable()
         self._outputs = OutputModel()
         self._reporter = Reporter(self.scheduler, observers, clock)
@@ -239,6 +255,8 @@ class ModelEngine:
         plan = self.scheduler.make_room(plan)
         if not plan:
             return
+        if self.speculator is not None:
+            self.speculator.draft(plan)
         scheduled = self._reporter.describe(plan)
         gaps: list[float] = []
         before = len(outbox)
@@ -255,6 +273,7 @@ class ModelEngine:
             gaps=gaps,
             scheduled=scheduled,
             num_runtime_errors=self.num_runtime_errors,
+            speculator=self.speculator,
         )
 
     def _count_admitted(self) -> None:
@@ -270,18 +289,22 @@ class ModelEngine:
                 return self.clock() - started_s
             sampled = plan.sampled()
             runtime_s = self.clock() - started_s
-            tokens = self._sample(logits, sampled) if sampled else []
+            tokens = self._sample(logits, sampled, plan) if sampled else []
         except Exception as error:  # noqa: BLE001 - a runtime may raise anything; others must go on
             self._isolate(plan, error, gaps, outbox)
             return self.clock() - started_s
         self._update(plan, sampled, tokens, gaps, outbox)
         return runtime_s
 
-    def _sample(self, logits: NDArray[np.float32], sampled: list[Sequence]) -> list[int]:
-        wanted = (len(sampled), self.runtime.info.vocab_size)
+    def _sample(
+        self, logits: NDArray[np.float32], sampled: list[Sequence], plan: Plan
+    ) -> list[list[int]]:
+        wanted = (len(sampled) + plan.num_draft_tokens, self.runtime.info.vocab_size)
         if logits.shape != wanted:
             raise EngineError(f"the runtime returned logits of shape {logits.shape}, not {wanted}")
-        return sampler.sample(logits, sampled)
+        if plan.drafts:
+            return sampler.verify(logits, sampled, plan.drafts)
+        return [[token] for token in sampler.sample(logits, sampled)]
 
     def _run(self, plan: Plan) -> NDArray[np.float32] | None:
         """Logits of a plan; ``None`` if the KV memory cannot hold it now."""
@@ -289,6 +312,9 @@ class ModelEngine:
             output = self.runtime.step(plan.step_input())
             if not output.no_room:
                 return output.logits
+            if plan.drafts and self.speculator is not None:
+                self.speculator.take_back(plan)
+                continue
             if self.scheduler.no_room(plan) is None:
                 sequence = plan.sequences()[0]
                 raise EngineError(
@@ -297,69 +323,33 @@ class ModelEngine:
         return None
 
     def _isolate(self, plan: Plan, error: Exception, gaps: list[float], outbox: Outbox) -> None:
-        """After a failed step, find out whose fault it was: run its sequences one by one."""
         self._num_failures += 1
         logger.error("model %s: a step failed: %r", self.model, error, exc_info=error)
-        sequences = plan.sequences()
-        if len(sequences) == 1:
-            self._fail(sequences[0], error, outbox)
-            return
-        counts = {sequence.sequence_id: count for sequence, count in plan.prefills}
-        for sequence in sequences:
-            # One of those before it may have needed its lane's room.
-            if sequence.sequence_id in self.scheduler.running:
-                self._retry_alone(sequence, counts.get(sequence.sequence_id), gaps, outbox)
-
-    def _retry_alone(
-        self, sequence: Sequence, count: int | None, gaps: list[float], outbox: Outbox
-    ) -> None:
-        """Do alone what a sequence should have done in a step that failed.
-
-        Args:
-            sequence: One that runs.
-            count: How many of its tokens to prefill; ``None`` if it was to decode.
-            gaps: See ``_compute``.
-            outbox: Where deltas go.
-        """
-        running = self.scheduler.running
-        known = sequence.num_computed
-        try:
-            self.scheduler.lanes.rewind(sequence)
-        except EngineError as failure:
-            self._fail(sequence, failure, outbox)
-            return
-        if sequence.num_computed < known and sequence.failed_at != sequence.num_output:
-            # The lane could not be brought back, only emptied: compute it again, in its turn.
-            sequence.failed_at = sequence.num_output
-            self.scheduler.preempt(sequence, "failure")
-            return
-        # If it got no token since that happened to it last, the next shared step might fail, too: catch up
-        # alone, or neither the culprit nor the others would ever get anywhere.
-        while sequence.num_computed < known and sequence.sequence_id in running:
-            chunk = min(known - sequence.num_computed, self.scheduler.token_budget)
-            chunk = self.scheduler.lanes.blocks.piece(sequence, chunk)
-            self._compute(Plan(prefills=[(sequence, chunk)]), gaps, outbox)
-        if sequence.sequence_id in running:
-            alone = (
-                Plan(decodes=[sequence]) if count is None else Plan(prefills=[(sequence, count)])
-            )
-            self._compute(alone, gaps, outbox)
+        self._isolation.run_alone(plan, error, gaps, outbox)
+        if plan.drafts and self.speculator is not None:
+            self.speculator.take_back(plan)
 
     def _fail(
-        self, sequence: Sequence, error: Exception, outbox: Outbox, *, num_tokens: int = 0
+        self,
+        sequence: Sequence,
+        error: Exception,
+        outbox: Outbox,
+        *,
+        text: str = "",
+        num_tokens: int = 0,
     ) -> None:
         """End a sequence that could not be computed."""
         # What is in its lane is not to be trusted.
         sequence.num_computed = 0
         if not isinstance(error, EngineError | RequestError):
             error = EngineError(f"the model's runtime failed: {type(error).__name__}")
-        self._finish(sequence, FinishReason.ERROR, outbox, error, num_tokens=num_tokens)
+        self._finish(sequence, FinishReason.ERROR, outbox, error, text=text, num_tokens=num_tokens)
 
     def _update(
         self,
         plan: Plan,
         sampled: list[Sequence],
-        tokens: list[int],
+        tokens: list[list[int]],
         gaps: list[float],
         outbox: Outbox,
     ) -> None:
@@ -375,42 +365,40 @@ class ModelEngine:
             sequence.num_computed += count
             sequence.num_known = max(sequence.num_known, sequence.num_computed)
         now_s = self.clock()
-        for sequence, token in zip(sampled, tokens, strict=True):
-            if token == sampler.NOT_FINITE:
-                failure = EngineError("the model produced logits that are not finite")
-                self._fail(sequence, failure, outbox)
-                continue
-            if sequence.status is SequenceStatus.PREFILL:
-                sequence.move_to(SequenceStatus.DECODE)
-            if sequence.last_token_s is None:
-                sequence.first_token_s = now_s
-            else:
-                gaps.append(now_s - sequence.last_token_s)
-            sequence.last_token_s = now_s
-            self._take(sequence, token, outbox)
+        for sequence, found in zip(sampled, tokens, strict=True):
+            done = advance(sequence, found, self.runtime.info.end_token_ids)
+            if done.num_tokens:
+                if sequence.status is SequenceStatus.PREFILL:
+                    sequence.move_to(SequenceStatus.DECODE)
+                if sequence.last_token_s is None:
+                    sequence.first_token_s = now_s
+                else:
+                    gaps.append(now_s - sequence.last_token_s)
+                sequence.last_token_s = now_s
+            spec = self.speculator
+            has_lane = spec is None or spec.settle(sequence, found, done, plan)
+            self._deliver(sequence, done, outbox)
+            if not has_lane and sequence.status is SequenceStatus.DECODE:
+                self.scheduler.preempt(sequence, "failure")
 
-    def _take(self, sequence: Sequence, token: int, outbox: Outbox) -> None:
-        """Add a sampled token to its sequence, and end it if that was the last."""
-        sequence.append(token)
-        is_end = token in self.runtime.info.end_token_ids
-        if is_end and not sequence.sampling.ignore_eos:
-            self._finish(sequence, FinishReason.STOP, outbox, num_tokens=1)
-            return
-        try:
-            text = sequence.detokenizer.push(token)
-        except Exception as error:
-            # A tokenizer may raise anything, too; its token is counted, since it was generated.
-            logger.exception("model %s: token %d has no text", self.model, token)
-            self._num_failures += 1
-            self._fail(sequence, error, outbox, num_tokens=1)
-            return
-        if sequence.detokenizer.stopped:
-            self._finish(sequence, FinishReason.STOP, outbox, text=text, num_tokens=1)
-        elif sequence.num_output >= sequence.max_tokens:
-            self._finish(sequence, FinishReason.LENGTH, outbox, text=text, num_tokens=1)
+    def _deliver(self, sequence: Sequence, done: Advance, outbox: Outbox) -> None:
+        """Hand over what a step added to a sequence, and end it if that was the last."""
+        error = done.error
+        if error is not None:
+            if not isinstance(error, EngineError):
+                logger.error("model %s: a token has no text", self.model, exc_info=error)
+                self._num_failures += 1
+            self._fail(sequence, error, outbox, text=done.text, num_tokens=done.num_tokens)
+        elif done.reason is not None:
+            self._finish(sequence, done.reason, outbox, text=done.text, num_tokens=done.num_tokens)
         else:
             stream = sequence.stream
-            outbox.append((stream, Delta(index=sequence.index, text=text, num_tokens=1)))
+            outbox.append(
+                (
+                    stream,
+                    Delta(index=sequence.index, text=done.text, num_tokens=done.num_tokens),
+                )
+            )
             stream.num_sent += 1
             if stream.num_sent - stream.num_read > self._readers.max_unread:
                 self._readers.is_slow(sequence)
@@ -436,6 +424,8 @@ class ModelEngine:
             self._outputs.observe_prompt(sequence.num_prompt, sequence.num_cached)
         self.scheduler.remove(sequence)
         self._readers.forget(sequence)
+        if self.speculator is not None:
+            self.speculator.forget(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
         sequence.finish_reason = reason
         sequence.ended_s = self.clock()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stoker.engine.sequence import Sequence
 from stoker.types import StepInput
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["Plan"]
 
@@ -19,10 +23,12 @@ class Plan:
     Attributes:
         decodes: Sequences with one pending token.
         prefills: Sequences and how many of their pending tokens to compute.
+        drafts: By sequence id, guessed tokens to verify behind the pending token of a decode.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
+    drafts: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)
@@ -35,26 +41,37 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         """All tokens to compute."""
-        return len(self.decodes) + self.num_prefill_tokens
+        return len(self.decodes) + self.num_prefill_tokens + self.num_draft_tokens
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Guessed tokens to compute."""
+        return sum(map(len, self.drafts.values())) if self.drafts else 0
 
     def sequences(self) -> list[Sequence]:
         """All sequences of the step."""
         return self.decodes + [sequence for sequence, _ in self.prefills]
 
     def sampled(self) -> list[Sequence]:
-        """The sequences that get a token from this step, in the order of the logits' rows."""
+        """The sequences that get a token from this step, in the order of the logits' rows.
+
+        A sequence has a row of logits, and one more for each of its draft tokens.
+        """
         return self.decodes + [s for s, count in self.prefills if count == s.num_pending]
 
     def step_input(self) -> StepInput:
         """The arrays for ``Runtime.step``."""
         decodes = self.decodes
-        head = len(decodes)
+        head = len(decodes) + self.num_draft_tokens
         total = self.num_tokens
         token_ids = np.empty(total, np.int32)
         positions = np.empty(total, np.int32)
         lanes = np.empty(total, np.int32)
         wants_logits = np.zeros(total, np.bool_)
-        if decodes:
+        if self.drafts:
+            wants_logits[:head] = True
+            self._put_drafts(token_ids, positions, lanes)
+        elif decodes:
             token_ids[:head] = [s.tokens[s.num_computed] for s in decodes]
             positions[:head] = [s.num_computed for s in decodes]
             lanes[:head] = [s.lane for s in decodes]
@@ -68,3 +85,23 @@ class Plan:
             at += count
             wants_logits[at - 1] = end == sequence.num_tokens
         return StepInput(token_ids, positions, lanes, wants_logits)
+
+    def _put_drafts(
+        self,
+        token_ids: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        lanes: NDArray[np.int32],
+    ) -> None:
+        """Fill the rows of decodes, each followed by its draft tokens."""
+        at = 0
+        for sequence in self.decodes:
+            start = sequence.num_computed
+            token_ids[at] = sequence.tokens[start]
+            end = at + 1
+            draft = self.drafts.get(sequence.sequence_id)
+            if draft is not None:
+                end += len(draft)
+                token_ids[at + 1 : end] = draft
+            positions[at:end] = np.arange(start, start + end - at, dtype=np.int32)
+            lanes[at:end] = sequence.lane
+            at = end

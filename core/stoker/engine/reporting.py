@@ -8,16 +8,19 @@ from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING
 
 from stoker.engine.plan import Plan
+from stoker.engine.speculation import StepDrafts
 from stoker.types import RequestRecord, ScheduledTokens, StepRecord
 
 if TYPE_CHECKING:
     from stoker.engine.scheduler import Scheduler
+    from stoker.engine.speculation import Speculator
     from stoker.interfaces import Observer
 
 __all__ = ["Reporter"]
 
 logger = logging.getLogger("stoker.engine")
 
+_NO_DRAFTS = StepDrafts()
 _RATE_MEMORY = 0.9  # weight of the past in the running mean of tokens per second
 
 
@@ -68,6 +71,7 @@ class Reporter:
         gaps: Rows[float],
         scheduled: Rows[ScheduledTokens],
         num_runtime_errors: int,
+        speculator: Speculator | None = None,
     ) -> None:
         """A step ran.
 
@@ -79,11 +83,15 @@ class Reporter:
             gaps: See ``StepRecord.token_gaps_s``.
             scheduled: What ``describe`` said of its plan.
             num_runtime_errors: How often the runtime failed so far.
+            speculator: Whose drafts were in it, if any.
         """
         scheduler = self._scheduler
         duration_s = self._clock() - started_s
-        scheduler.costs.observe(*plan_tokens, duration_s)
-        rate = sum(plan_tokens) / max(duration_s, 1e-9)
+        drafts = _NO_DRAFTS if speculator is None else speculator.step
+        plain_s = duration_s if speculator is None else speculator.measure(*plan_tokens, duration_s)
+        scheduler.costs.observe(*plan_tokens, plain_s)
+        num_accepted = sum(drafts.accepted.values())
+        rate = (sum(plan_tokens) + num_accepted) / max(duration_s, 1e-9)
         past = self.tokens_per_s
         self.tokens_per_s = rate if not past else past * _RATE_MEMORY + rate * (1 - _RATE_MEMORY)
         if not self._is_wanted:
@@ -92,6 +100,13 @@ class Reporter:
         # Since the last record: a step in which everybody had to yield leaves none.
         num_preemptions = scheduler.num_preemptions - self._told_preemptions
         self._told_preemptions = scheduler.num_preemptions
+        if num_accepted:
+            # What a tenant got of a step are its accepted tokens, too.
+            extra = drafts.accepted
+            scheduled = [
+                item._replace(decode=item.decode + extra.get(item.sequence_id, 0))
+                for item in scheduled
+            ]
         policy_s, self._told_policy_s = policy.spent_s - self._told_policy_s, policy.spent_s
         record = StepRecord(
             model=scheduler.model,
@@ -115,6 +130,11 @@ class Reporter:
             policy_s=policy_s,
             num_slow_policy_calls=policy.num_slow_calls,
             num_observer_errors=self.num_observer_errors,
+            num_drafts=drafts.num_drafts,
+            num_draft_tokens=drafts.num_draft_tokens,
+            num_accepted_tokens=num_accepted,
+            accepted_per_position=drafts.accepted_per_position,
+            num_drafter_errors=0 if speculator is None else speculator.num_errors,
         )
         policy.on_step(record)
         self._tell(lambda observer: observer.on_step(record))

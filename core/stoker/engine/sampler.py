@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from collections.abc import Sequence as Rows
 
     from numpy.typing import NDArray
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from stoker.engine.sequence import Sequence
     from stoker.types import SamplingParams
 
-__all__ = ["NOT_FINITE", "TokenCounts", "sample", "uniform"]
+__all__ = ["NOT_FINITE", "TokenCounts", "sample", "uniform", "verify"]
 
 NOT_FINITE = -1
 """What ``sample`` returns for a row whose logits hold no finite maximum."""
@@ -92,16 +93,80 @@ def sample(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[int]:
     Returns:
         R token ids; ``NOT_FINITE`` for a row without a finite maximum.
     """
-    tokens: NDArray[np.intp] = logits.argmax(axis=1)
-    peaks = logits[np.arange(len(tokens)), tokens]
-    finite = np.isfinite(peaks)
-    if not finite.all():
-        tokens[~finite] = NOT_FINITE
-    chosen: list[int] = tokens.tolist()
+    chosen = _likeliest(logits)
     for row, sequence in enumerate(sequences):
         if chosen[row] != NOT_FINITE and not _is_plain_greedy(sequence.sampling):
             chosen[row] = _sample_row(logits[row], sequence)
     return chosen
+
+
+def verify(
+    logits: NDArray[np.float32],
+    sequences: Rows[Sequence],
+    drafts: Mapping[int, NDArray[np.int32]],
+) -> list[list[int]]:
+    """Choose the next tokens of sequences some of which have draft tokens in the step.
+
+    Row after row is sampled as ever, with the tokens before it in place, for as long as what was sampled is
+    the draft's next token. Since a draw depends on seed and position only, these are the very tokens that
+    would have been sampled one by one; a draft token is accepted with the probability that the model gives
+    it, which is the most that is possible for a guess without probabilities (Leviathan et al., ICML 2023).
+
+    Args:
+        logits: ``float32[R, vocab]``; for each sequence one row, and one for each of its draft tokens.
+        sequences: In the order of the rows.
+        drafts: ``int32[k]`` by sequence id.
+
+    Returns:
+        For each sequence 1 to k + 1 token ids; the last may be ``NOT_FINITE``.
+    """
+    likeliest = _likeliest(logits)
+    chosen: list[list[int]] = []
+    row = 0
+    for sequence in sequences:
+        found = drafts.get(sequence.sequence_id)
+        draft: list[int] = [] if found is None else found.tolist()
+        end = row + len(draft) + 1
+        if _is_plain_greedy(sequence.sampling):
+            tokens = likeliest[row:end]
+            wrong = (at for at, token in enumerate(draft) if tokens[at] != token)
+            chosen.append(tokens[: next(wrong, len(draft)) + 1])
+        else:
+            chosen.append(_verify_rows(logits[row:end], likeliest[row:end], sequence, draft))
+        row = end
+    return chosen
+
+
+def _verify_rows(
+    rows: NDArray[np.float32], likeliest: list[int], sequence: Sequence, draft: list[int]
+) -> list[int]:
+    tokens: list[int] = []
+    before = sequence.num_tokens
+    try:
+        for at, row in enumerate(rows):
+            token = likeliest[at]
+            if token != NOT_FINITE:
+                token = _sample_row(row, sequence)
+            tokens.append(token)
+            if at == len(draft) or token != draft[at]:
+                break
+            sequence.append(token)  # penalties and draws of the next row depend on it
+    except BaseException:
+        sequence.counts = None  # they may count tokens that will not be there
+        raise
+    finally:
+        sequence.num_tokens = before
+    return tokens
+
+
+def _likeliest(logits: NDArray[np.float32]) -> list[int]:
+    """The token with the greatest logit of each row, or ``NOT_FINITE``."""
+    tokens: NDArray[np.intp] = logits.argmax(axis=1)
+    finite = np.isfinite(logits[np.arange(len(tokens)), tokens])
+    if not finite.all():
+        tokens[~finite] = NOT_FINITE
+    likeliest: list[int] = tokens.tolist()
+    return likeliest
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:

@@ -78,6 +78,8 @@ class Facts:
     num_decode_steps: int = 0
     num_deferred_steps: int = 0
     recomputed_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     paused_s: float = 0.0
     preemptions: list[Preemption] = field(default_factory=list)
 
@@ -86,7 +88,8 @@ class Sequence:
     """A prompt and what was generated from it so far.
 
     The first ``num_computed`` of its ``num_tokens`` tokens have their KV in ``lane``; the rest is pending.
-    A decode step has exactly one pending token: the one that was sampled last.
+    A decode step has exactly one pending token: the one that was sampled last. (A step may compute guessed
+    tokens behind it; those are no tokens of the sequence until they are accepted.)
 
     Args:
         request: The request it belongs to.
@@ -301,6 +304,8 @@ class Sequence:
             num_prefill_steps=facts.num_prefill_steps,
             num_decode_steps=facts.num_decode_steps,
             num_deferred_steps=facts.num_deferred_steps,
+            draft_tokens=facts.draft_tokens,
+            accepted_tokens=facts.accepted_tokens,
             num_preemptions=self.num_preemptions,
             preemptions=tuple(facts.preemptions),
             paused_s=paused_s,

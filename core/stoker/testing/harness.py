@@ -21,8 +21,9 @@ from stoker.types import (
 )
 
 if TYPE_CHECKING:
-    from stoker.config import TenantConfig
+    from stoker.config import SpeculationConfig, TenantConfig
     from stoker.engine.client import RequestStream
+    from stoker.engine.drafters import Drafter
     from stoker.engine.model_engine import Outbox
     from stoker.interfaces import (
         EvictionStrategy,
@@ -93,6 +94,8 @@ class EngineHarness:
         reader_limits: What a reader that does not read may cost.
         eviction: Which kept prefix goes first.
         store: Where evicted prefixes go.
+        drafter: Guesses tokens for speculative decoding; by default nobody does.
+        speculation: How much it guesses.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class EngineHarness:
         reader_limits: ReaderLimits | None = None,
         eviction: EvictionStrategy | None = None,
         store: SnapshotStore | None = None,
+        drafter: Drafter | None = None,
+        speculation: SpeculationConfig | None = None,
     ) -> None:
         self.runtime = runtime or ScriptedRuntime()
         self.fake_clock = FakeClock()
@@ -127,6 +132,8 @@ class EngineHarness:
             reader_limits=reader_limits,
             eviction=eviction,
             store=store,
+            drafter=drafter,
+            speculation=speculation,
         )
 
     def submit(

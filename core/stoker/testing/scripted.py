@@ -2,7 +2,8 @@
 
 It is a model of a kind: the next token is a hash of everything in the lane's KV, so that a wrong position, a
 mixed-up lane, a stale prefix or a lost token changes the text from there on. Tokens are bytes and a few
-control tokens; it writes lower-case letters and spaces.
+control tokens; it writes lower-case letters and spaces. With a ``period`` it repeats what is there, as models
+that copy do: what speculative decoding is tested with.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ class ScriptedRuntime(Runtime):
         # KV: for each lane, the hash of its first n tokens at [lane, n].
         self._states = np.zeros((lanes, context_length + 1), np.uint64)
         self._lengths = np.zeros(lanes, np.int64)
+        # With a period, also the tokens themselves.
+        self._tokens = np.zeros((lanes, context_length if options.period else 0), np.int64)
         self._one_hot = np.eye(_VOCABULARY, dtype=np.float32) * 8.0
 
     def step(self, step: StepInput) -> StepOutput:
@@ -147,8 +150,18 @@ class ScriptedRuntime(Runtime):
         if int(self._lengths.sum()) + len(step.token_ids) > self.info.kv_capacity_tokens:
             return StepOutput(np.empty((0, _VOCABULARY), np.float32), no_room=True)
         self.num_steps += 1
-        states = self._advance(step)
-        return StepOutput(self._one_hot[self._next_tokens(states[step.wants_logits])])
+        states = self._advance(step)[step.wants_logits]
+        return StepOutput(self._one_hot[self._next_tokens(states, self._earlier(step))])
+
+    def _earlier(self, step: StepInput) -> NDArray[np.int64] | None:
+        """For each row of logits the token one period before the next one; -1 if there is none."""
+        if not self.options.period:
+            return None
+        self._tokens[step.lanes, step.positions] = step.token_ids
+        rows = step.wants_logits
+        at = step.positions[rows].astype(np.int64) + 1 - self.options.period
+        earlier: NDArray[np.int64] = self._tokens[step.lanes[rows], np.maximum(at, 0)]
+        return np.where(at >= 0, earlier, -1)
 
     def _advance(self, step: StepInput) -> NDArray[np.uint64]:
         """Put the tokens into KV; returns the hash after each, ``uint64[T]``."""
@@ -192,9 +205,15 @@ class ScriptedRuntime(Runtime):
                 f"which hold {self._lengths[lanes].tolist()} tokens"
             )
 
-    def _next_tokens(self, states: NDArray[np.uint64]) -> NDArray[np.int64]:
+    def _next_tokens(
+        self, states: NDArray[np.uint64], earlier: NDArray[np.int64] | None
+    ) -> NDArray[np.int64]:
         high = (states >> np.uint64(33)).astype(np.int64)
         tokens = _LETTERS[high % len(_LETTERS)]
+        if earlier is not None:
+            every = self.options.surprise_every
+            repeats = high // 7 % every != 0 if every else True
+            tokens = np.where((earlier >= 0) & repeats, earlier, tokens)
         if self.options.end_every:
             tokens = np.where(high // 64 % self.options.end_every == 0, _END, tokens)
         return tokens
@@ -211,6 +230,8 @@ class ScriptedRuntime(Runtime):
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the hashes."""
         self._states[target, : num_tokens + 1] = self._states[source, : num_tokens + 1]
+        if self.options.period:
+            self._tokens[target, :num_tokens] = self._tokens[source, :num_tokens]
         self._lengths[target] = num_tokens
 
     def snapshot(self, lane: int) -> bytes:
@@ -232,14 +253,16 @@ class ScriptedRuntime(Runtime):
         block = self.options.exact_block
         in_blocks = len(prompt) - len(prompt) % block if block > 1 else 0
         state = np.array([self.state_after(prompt, in_blocks)], np.uint64)
-        written = bytearray()
+        period, text = self.options.period, list(prompt)
         for _ in range(num_tokens):
-            token = int(self._next_tokens(state)[0])
+            before = text[-period] if 0 < period <= len(text) else -1
+            earlier = np.array([before]) if period else None
+            token = int(self._next_tokens(state, earlier)[0])
             if token == _END:
                 break
-            written.append(token)
+            text.append(token)
             state = _mix(state, token)
-        return written.decode()
+        return self.tokenizer.decode(text[len(prompt) :])
 
     @staticmethod
     def state_after(tokens: list[int], num_in_blocks: int) -> int:

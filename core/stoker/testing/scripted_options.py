@@ -15,6 +15,8 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         step_s: Seconds that every step takes.
         token_s: Seconds that every token of a step takes.
         kv_capacity_tokens: Most tokens of all lanes together; ``None`` for lanes times context.
+        period: The text repeats what it said so many tokens ago, as soon as there are so many; 0 for never.
+        surprise_every: Of such text, one in so many tokens is another one, by hash; 0 for none.
         truncation: What ``truncate`` can do, as in ``Capabilities``.
         copy_prefix: Whether it can copy.
         snapshot: Whether it can make snapshots.
@@ -26,6 +28,8 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     step_s: float = 0.0
     token_s: float = 0.0
     kv_capacity_tokens: int | None = None
+    period: int = 0
+    surprise_every: int = 0
     truncation: str = "any"
     copy_prefix: bool = True
     snapshot: bool = False
