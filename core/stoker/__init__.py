@@ -40,6 +40,7 @@ _HOMES = {
         "ObserverInfo",
         "PolicyContext",
         "PolicyInfo",
+        "Requantization",
         "RouteInfo",
         "Runtime",
         "RuntimeInfo",
@@ -50,6 +51,8 @@ _HOMES = {
         "TenantLoad",
         "TenantShare",
         "Tokenizer",
+        "Tunable",
+        "TunableValue",
     ),
     "stoker.types": (
         "Delta",

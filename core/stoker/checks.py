@@ -53,7 +53,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tenants.reserved_kv": (0, 1),
     "performance.threads": (1, math.inf),
 }
-_NOT_EMPTY = ("server.host", "models.model", "models.id", "models.backend", "scheduler.policy")
+_NOT_EMPTY = (
+    *("server.host", "models.model", "models.id", "models.backend", "scheduler.policy"),
+    "performance.profile",
+)
 
 _Problem = tuple[str, str]
 """A dotted key and what is wrong with it."""

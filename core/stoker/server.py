@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from stoker import __version__
 from stoker.api.app import build_app
 from stoker.chat_template import ChatTemplate
 from stoker.config import Config, ModelConfig, TenantConfig
@@ -21,9 +22,10 @@ from stoker.engine.client import EngineClient
 from stoker.engine.loop import EngineLoop
 from stoker.engine.model_engine import ModelEngine
 from stoker.engine.readers import ReaderLimits
-from stoker.errors import ConfigError, ModelError
+from stoker.errors import ConfigError, ModelError, StokerError
 from stoker.history import History
 from stoker.interfaces import (
+    Backend,
     BackendInfo,
     EngineSnapshot,
     LoadSettings,
@@ -41,6 +43,7 @@ from stoker.interfaces import (
 )
 from stoker.router import RoutedModel, Router
 from stoker.tenants import Tenants
+from stoker.tuned import Tuned, apply_profile, choose_profile
 from stoker.types import LocalModel
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class Server(ServerContext):
         app: The ASGI application.
         loops: One loop for each device.
         tenants: Their settings; they change when the configuration is read again.
+        origins: Where each setting was read, so that a profile overrides none; empty if nobody says.
     """
 
     router: Router
@@ -78,6 +82,7 @@ class Server(ServerContext):
         self.observers: Mapping[str, Observer] = {}
         self.loops: dict[str, EngineLoop] = {}
         self.tenants = Tenants(config.tenants)
+        self.origins: Mapping[str, str] = {}
         self._runtimes: list[Runtime] = []
         self._stopped = False
 
@@ -168,18 +173,9 @@ class Server(ServerContext):
         config = self.config
         local = resolve_model(model.model, self.plugins, progress=True)
         info = self._backend_for(model, local)
-        options = self.plugins.options(info, config, extra=model.options)
         started_s = self.clock()
-        runtime = info.factory().load(
-            local,
-            LoadSettings(
-                lanes=model.lanes,
-                context_length=model.context,
-                threads=config.performance.threads,
-                max_step_tokens=config.scheduler.max_num_batched_tokens,
-                options=options,
-            ),
-        )
+        runtime, tuned = self._load_tuned(model, local, info)
+        local = tuned.local
         self._runtimes.append(runtime)
         logger.info("loaded %s in %.1f s", local.path.name, self.clock() - started_s)
         for warning in runtime.info.warnings:
@@ -201,7 +197,7 @@ class Server(ServerContext):
             served.model_id,
             runtime,
             self._make(policy_info),
-            config.scheduler,
+            tuned.scheduler,
             config.cache,
             list(self.observers.values()),
             self.clock,
@@ -221,6 +217,56 @@ class Server(ServerContext):
         return RoutedModel(
             served, EngineClient(engine, loop), template, heartbeat_s=lambda: loop.heartbeat_s
         )
+
+    def _load_tuned(
+        self, model: ModelConfig, local: LocalModel, info: BackendInfo
+    ) -> tuple[Runtime, Tuned]:
+        """Load a model with its profile, or without where that does not work."""
+        config, backend = self.config, info.factory()
+        user_set = {**config.plugins.get(info.name, {}), **model.options}
+        threads = config.performance.threads
+        if threads is not None:
+            user_set |= {"threads": threads, "batch_threads": threads}
+        wanted = config.performance.profile
+        versions = {"stoker": __version__, **backend.versions()}
+        profile = choose_profile(wanted, local, info.name, versions) if wanted != "off" else None
+        set_keys = {key for key, origin in self.origins.items() if origin != "default"}
+        tuned = apply_profile(
+            profile, local, config.scheduler, set_options=user_set, set_keys=set_keys
+        )
+        try:
+            return self._load(model, info, backend, tuned), tuned
+        except StokerError as error:
+            if profile is None:
+                raise
+            logger.warning("the profile cannot be used (%s); loading without it", error)
+        tuned = Tuned(local=local, scheduler=config.scheduler)
+        return self._load(model, info, backend, tuned), tuned
+
+    def _load(
+        self, model: ModelConfig, info: BackendInfo, backend: Backend, tuned: Tuned
+    ) -> Runtime:
+        options = {**tuned.options, **model.options}
+        runtime = backend.load(
+            tuned.local,
+            LoadSettings(
+                lanes=model.lanes,
+                context_length=model.context,
+                threads=self.config.performance.threads,
+                max_step_tokens=tuned.scheduler.max_num_batched_tokens,
+                options=self.plugins.options(info, self.config, extra=options),
+            ),
+        )
+        if tuned.label:
+            configured = msgspec.structs.asdict(self.config.scheduler)
+            changed = msgspec.structs.asdict(tuned.scheduler).items() - configured.items()
+            settings = {
+                **runtime.info.settings,
+                **{key: str(value) for key, value in sorted(changed)},
+            }
+            settings["profile"] = tuned.label
+            runtime.info = msgspec.structs.replace(runtime.info, settings=settings)
+        return runtime
 
     def _check_reservations(self, num_lanes: int) -> None:
         """Refuse reservations that would leave nobody else a lane, ever."""

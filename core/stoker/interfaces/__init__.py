@@ -31,9 +31,12 @@ from stoker.interfaces.runtimes import (
     Backend,
     Capabilities,
     LoadSettings,
+    Requantization,
     Runtime,
     RuntimeInfo,
     Tokenizer,
+    Tunable,
+    TunableValue,
 )
 from stoker.interfaces.serving import (
     EngineSnapshot,
@@ -67,6 +70,7 @@ __all__ = [
     "ObserverInfo",
     "PolicyContext",
     "PolicyInfo",
+    "Requantization",
     "RouteInfo",
     "Runtime",
     "RuntimeInfo",
@@ -77,4 +81,6 @@ __all__ = [
     "TenantLoad",
     "TenantShare",
     "Tokenizer",
+    "Tunable",
+    "TunableValue",
 ]

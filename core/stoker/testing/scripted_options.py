@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 __all__ = ["ScriptedOptions"]
@@ -16,6 +18,9 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         token_s: Seconds that every token of a step takes.
         kv_capacity_tokens: Most tokens of all lanes together; ``None`` for lanes times context.
         truncation: What ``truncate`` can do, as in ``Capabilities``.
+        kernel: How it computes, for tuners to choose: ``wide`` takes half of ``step_s`` and ``token_s``,
+            ``slow`` twice as long, ``blurred`` a quarter and is less sure of its tokens, and ``broken``
+            kills the process as a miscompiled kernel does.
     """
 
     end_every: int = 0
@@ -23,3 +28,4 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     token_s: float = 0.0
     kv_capacity_tokens: int | None = None
     truncation: str = "any"
+    kernel: Literal["plain", "slow", "wide", "blurred", "broken"] = "plain"
