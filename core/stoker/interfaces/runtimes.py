@@ -226,12 +226,14 @@ class Requantization(msgspec.Struct, frozen=True, kw_only=True):
             from the full weights would.
         hint: One sentence if the current type has no fast kernel on this machine and others have; else
             empty.
+        faster: Those others, the one that loses least first.
     """
 
     current: str
     types: Sequence[str]
     lossy_source: bool = False
     hint: str = ""
+    faster: Sequence[str] = ()
 
 
 class Backend(ABC):

@@ -205,7 +205,7 @@ def _add_notes(session: Session) -> None:
         own = session.target.local.size_bytes
         report.notes.append(f"weights {name}: {size / 1e6:.1f} MB (own: {own / 1e6:.1f} MB)")
     if offer.hint and not report.weights and (alone := report.defaults.get("alone")):
-        types = " ".join(f"--requantize {name}" for name in offer.types[:2])
+        types = " ".join(f"--requantize {name}" for name in offer.faster[:3])
         report.notes.append(
             f"{offer.hint} They prefill {alone.prefill_tokens_per_s:.0f} tokens/s here and decode "
             f"{alone.decode_tokens_per_s:.0f}; `stoker tune {types}` measures whether others are faster."

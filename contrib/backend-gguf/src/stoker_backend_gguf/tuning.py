@@ -180,14 +180,19 @@ def requantization(model: LocalModel) -> Requantization | None:
     tiled = _TILED.get(kind, frozenset())
     types = [name for name in _TARGETS if name != current]
     hint = ""
-    better = [name for name in types if name in tiled and name not in _LOSSLESS]
-    if current in _NAMES.values() and tiled and current not in tiled:
+    better: list[str] = []
+    if current in _FILE_TYPES and tiled and current not in tiled:
+        better = [name for name in types if name in tiled and name not in _LOSSLESS]
         hint = (
             f"The weights are {current}, for which llama.cpp has no tiled kernel on this CPU; "
             f"for {', '.join(better)} it has."
         )
     return Requantization(
-        current=current, types=types, lossy_source=current not in _LOSSLESS, hint=hint
+        current=current,
+        types=types,
+        lossy_source=current not in _LOSSLESS,
+        hint=hint,
+        faster=better,
     )
 
 
