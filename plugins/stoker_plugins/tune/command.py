@@ -41,6 +41,13 @@ _INTERRUPTED = 130
     metavar="MINUTES",
     help="How long to search.",
 )
+@click.option(
+    "--run-seconds",
+    type=click.FloatRange(min=0.1, max=60),
+    default=2.0,
+    show_default=True,
+    help="How long one run of the load takes; longer on noisy machines.",
+)
 @click.option("--only", multiple=True, metavar="NAME", help="Tune only this; may be repeated.")
 @click.option(
     "--requantize",
@@ -97,6 +104,7 @@ def _tune(host: Host, flags: dict[str, Any]) -> int:
     wishes = Wishes(
         load=flags["load"],
         budget_s=60 * flags["budget"],
+        run_s=flags["run_seconds"],
         only=flags["only"],
         requantize=[name.lower() for name in flags["requantize"]],
         rules=Rules(max_kl=flags["max_kl"]),

@@ -184,7 +184,8 @@ def run_load(
     rates.prefill, rates.decode = (0, 0.0), (0, 0.0)
     started_s = time.monotonic()
     run = _Run(harness, stream, 101 * salt, started_s + limit_s)
-    room = harness.runtime.info.context_length - 1
+    info = harness.runtime.info
+    room = min(info.context_length, info.kv_capacity_tokens) - 1
     complete = True
     for round_ in load.rounds:
         sized = round_.scaled(scale)

@@ -84,8 +84,8 @@ def compare(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Q
     for row, (wanted, got) in enumerate(zip(reference, candidate, strict=True)):
         expected = wanted.astype(np.float64)
         weights = np.exp(expected)
-        # Where the reference says "never", the candidate may say anything.
-        terms = np.where(weights > 0, weights * (expected - got), 0.0)
+        possible = weights > 0  # where the reference says "never", the candidate may say anything
+        terms = weights[possible] * (expected[possible] - got[possible])
         divergences[row] = max(0.0, float(terms.sum()))
         same += int(wanted.argmax() == got.argmax())
     return Quality(

@@ -4,7 +4,7 @@ Coordinate descent: one dimension after the other, each value against the best s
 start if anything changed. A comparison measures in pairs, baseline and candidate next to each other in time
 and in turns first, so that a machine that slows down slows both. A candidate wins only if every pair agrees
 and the median ratio is beyond both the least gain and the noise, which is learnt from how much the same
-baseline differs from one measurement to the next. So a machine that is too noisy yields nothing, rather than
+setting differs from one measurement to the next. So a machine that is too noisy yields nothing, rather than
 something wrong.
 """
 
@@ -29,6 +29,9 @@ __all__ = [
     "Search",
     "compare",
 ]
+
+
+_LEAST_STEPS = 8  # differences of neighbours before the noise counts as known
 
 
 class BudgetSpentError(Exception):
@@ -83,8 +86,8 @@ class Rules:
 
     least_gain: float = 1.03
     min_pairs: int = 3
-    max_pairs: int = 5
-    confidence: float = 4.0
+    max_pairs: int = 7
+    confidence: float = 4.5
     max_kl: float = 0.02
 
 
@@ -107,14 +110,15 @@ class Noise:
     def of_ratio(self) -> float:
         """Standard deviation of the logarithm of a pair's ratio.
 
-        From the median of the absolute differences, which one slow moment does not move; a difference of two
-        measurements varies as much as a ratio of two does. The largest one while there are few.
+        From the median of the absolute differences, which one slow moment does not move; a difference of
+        two measurements varies as much as a ratio of two does.
         """
-        if not self.steps:
-            return 0.0
-        if len(self.steps) < 4:
-            return max(self.steps)
-        return 1.4826 * statistics.median(self.steps)
+        return 1.4826 * statistics.median(self.steps) if self.steps else 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there are enough differences to say."""
+        return len(self.steps) >= _LEAST_STEPS
 
 
 @dataclass(slots=True)
@@ -163,8 +167,17 @@ class Comparison:
         return self
 
 
-def judge(ratios: Sequence[float], noise: float, rules: Rules) -> bool | None:
-    """Whether the pairs so far show an improvement; ``None`` if that is not clear yet."""
+def judge(
+    ratios: Sequence[float], noise: float, rules: Rules, *, known: bool = True
+) -> bool | None:
+    """Whether the pairs so far show an improvement; ``None`` if that is not clear yet.
+
+    Args:
+        ratios: Candidate by baseline, of each pair.
+        noise: Standard deviation of such a ratio's logarithm.
+        rules: When a difference counts.
+        known: Whether ``noise`` can be relied on; if not, only the last pair may decide for the candidate.
+    """
     logs = [math.log(ratio) for ratio in ratios]
     count = len(logs)
     middle = statistics.median(logs)
@@ -178,9 +191,10 @@ def judge(ratios: Sequence[float], noise: float, rules: Rules) -> bool | None:
         return False
     spread = 1.4826 * statistics.median([abs(log - middle) for log in logs])
     error = max(noise, spread) / math.sqrt(count)
-    if min(logs) > 0 and middle >= rules.confidence * error:
+    last = count >= rules.max_pairs
+    if (known or last) and min(logs) > 0 and middle >= rules.confidence * error:
         return True
-    return False if count >= rules.max_pairs else None
+    return False if last else None
 
 
 def _measure_pair(
@@ -245,18 +259,18 @@ def compare(
         BudgetSpentError: There is no time for another measurement; nothing was decided.
         RuntimeError: The baseline, which worked before, fails.
     """
-    before: Measured | None = None
+    before: tuple[Measured, Measured] | None = None
     while True:
         pair = _measure_pair(measure, baseline, comparison, rules, beside=beside, quality=quality)
         if pair is None:
             return comparison
-        base, candidate = pair
         if before is not None:
-            noise.add(before.score, base.score)
-        before = base
-        comparison.add(base, candidate)
+            for earlier, later in zip(before, pair, strict=True):
+                noise.add(earlier.score, later.score)
+        before = pair
+        comparison.add(*pair)
         comparison.noise = noise.of_ratio
-        answer = judge(comparison.ratios, comparison.noise, rules)
+        answer = judge(comparison.ratios, comparison.noise, rules, known=noise.is_known)
         tell(comparison)
         if answer is not None:
             return comparison.close(_word(comparison, answer, rules), accepted=answer)

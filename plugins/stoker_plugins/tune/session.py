@@ -32,7 +32,6 @@ from stoker_plugins.tune.trials import run_job
 __all__ = ["Session", "Wishes"]
 
 _PROBE_SCALE = 0.25
-_RUN_S = 2.0  # how long a run of the load should take with the defaults
 _SCALES = (0.1, 4.0)
 _FIRST_LIMIT_S = 120.0
 _LIMIT_S_PER_BYTE = 1 / 20e6  # a slow disk
@@ -48,6 +47,7 @@ class Wishes:
     Attributes:
         load: What to optimise for.
         budget_s: How long the search may take.
+        run_s: How long one run of the load should take with the defaults.
         only: Names of what to tune; all if empty.
         requantize: Types to turn the weights into.
         rules: When a difference counts.
@@ -55,6 +55,7 @@ class Wishes:
 
     load: str
     budget_s: float
+    run_s: float = 2.0
     only: Sequence[str] = ()
     requantize: Sequence[str] = ()
     rules: Rules = field(default_factory=Rules)
@@ -105,7 +106,6 @@ class Session:
         self._deadline_s = self._started_s + wishes.budget_s
         self._doing = ""
         self._scale = _PROBE_SCALE
-        self._run_s = _RUN_S
         self._took_s = {False: 0.0, True: 0.0}  # a whole process, alone and with company
         self._files: dict[str, LocalModel] = {}
         self._figures: dict[tuple[tuple[str, str], ...], dict[str, Figures]] = {}
@@ -152,14 +152,14 @@ class Session:
         probe = self._do({}, beside=False, quality=reference, scale=_PROBE_SCALE)
         if probe.failure:
             raise ModelError(f"{self.target.local.path}: cannot be measured: {probe.failure}")
-        scale = _PROBE_SCALE * _RUN_S / max(probe.runs["alone"].seconds, 1e-3)
+        scale = _PROBE_SCALE * self.wishes.run_s / max(probe.runs["alone"].seconds, 1e-3)
         self._scale = min(max(scale, _SCALES[0]), _SCALES[1])
         self.report.scale = self._scale
         full = self._do({}, beside=True, scale=self._scale)
         if full.failure:
             raise ModelError(f"{self.target.local.path}: cannot be measured: {full.failure}")
-        self._run_s = full.runs["alone"].seconds
-        self._took_s[False] = max(full.seconds - full.runs["beside"].seconds, self._run_s)
+        company_s = full.runs["beside"].seconds
+        self._took_s[False] = max(full.seconds - company_s, full.runs["alone"].seconds)
         self._took_s[True] = full.seconds
 
     def _find_settings(self) -> None:

@@ -34,6 +34,7 @@ __all__ = ["TEXT", "serve_job", "text_tokens", "work"]
 
 TEXT = Path(__file__).with_name("text.txt")
 _OOM_SCORE = "900"  # of 1000: rather this process than another
+_LEAST_CONTEXT = 64
 _BESIDE_FACTOR = 4.0  # a run in company may take so many times as long before it is given up
 
 
@@ -150,6 +151,9 @@ def _look_at_quality(runtime: Runtime, job: Job) -> Quality | None:
 
 
 def _run(host: Host, job: Job, runtime: Runtime) -> dict[str, Figures]:
+    info = runtime.info
+    if min(info.context_length, info.kv_capacity_tokens) < _LEAST_CONTEXT:
+        raise RuntimeError(f"a context below {_LEAST_CONTEXT} tokens is too short to measure")
     rates = Rates()
     harness = EngineHarness(
         _policy(host, job),
