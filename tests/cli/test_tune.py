@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from stoker import LocalModel, __version__
+from stoker.profiles import Profile, ProfileSetting, fingerprint, this_machine, write_profile
+
 pytestmark = pytest.mark.slow  # starts processes
 
 COMMAND = [sys.executable, "-P", "-m", "stoker"]
@@ -28,7 +31,7 @@ class Cli:
         self.data = folder / "data"
         self.environ = {k: v for k, v in os.environ.items() if not k.startswith("STOKER_")}
         self.environ["XDG_DATA_HOME"] = str(self.data)
-        (folder / "stoker.toml").write_text("[plugins.scripted]\nstep_s = 0.004\n")
+        (folder / "stoker.toml").write_text("[plugins.scripted]\nstep_s = 0.008\n")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -133,7 +136,7 @@ def test_wrong_wishes_are_refused_in_one_line(cli: Cli) -> None:
 
 
 def test_nothing_better_writes_nothing(cli: Cli) -> None:
-    quick = ("--run-seconds", "0.25", "--budget", "1")
+    quick = ("--run-seconds", "0.1", "--budget", "0.3")
     done = cli("tune", "scripted:tiny", "--only", "step_time", *quick)
     assert done.returncode == 0, done.stderr
     assert "no profile was written: nothing is clearly better than the defaults" in done.stdout
@@ -163,12 +166,26 @@ def test_ctrl_c_shows_what_is_known_and_writes_nothing_silently(cli: Cli) -> Non
     assert cli.profiles() == []
 
 
-def test_profiles_are_shown_and_forgotten(cli: Cli) -> None:
-    done = cli("tune", "scripted:tiny", *QUICK)
-    assert len(cli.profiles()) == 1, done.stdout
+def test_profiles_are_shown_and_forgotten(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(cli.data))
+    local = LocalModel(path=Path("tiny"), model_id="tiny", reference="scripted:tiny")
+    wide = ProfileSetting(name="kernel", value="wide", options={"kernel": "wide"})
+    write_profile(
+        Profile(
+            machine=this_machine(),
+            model=fingerprint(local),
+            backend="scripted",
+            versions={"stoker": __version__},
+            load="interactive",
+            date="2026-01-02T03:04:05+00:00",
+            settings=[wide],
+            complete=False,
+        )
+    )
     shown = cli("tune", "--show").stdout
     assert "tiny with scripted: interactive, tuned" in shown
     assert "kernel = wide" in shown
+    assert "was not checked against the defaults" in shown
     assert cli("tune", "--show", "scripted:other").stdout.startswith("there is no profile")
     assert "kernel = wide" in cli("tune", "--show", "scripted:tiny").stdout
     assert "deleted" in cli("tune", "--forget", "scripted:tiny").stdout
