@@ -225,7 +225,7 @@ def other_profiles(path: Path, model: ModelFingerprint) -> list[Path]:
 
 
 def _stem(model: ModelFingerprint) -> str:
-    name = "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in model.name)
+    name = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in model.name)
     return f"{name[:80]}-{model.digest[:16]}"
 
 

@@ -166,6 +166,15 @@ def test_what_says_something_else_is_refused_however_fast() -> None:
     assert search(landscape, Rules(max_kl=1.0), changes_quality=True).best == {"one": "b"}
 
 
+def test_what_was_asked_for_by_name_is_measured_though_it_may_not_win() -> None:
+    landscape = Landscape({"one": {"a": 1.0, "b": 2.0}})
+    landscape.kl = {"b": 0.5}
+    found = Comparison("one", "b", {"one": "b"}, keep_on=True)
+    compare(landscape, {}, found, Noise(), RULES, quality=True)
+    assert found.speed == 2.0
+    assert (found.accepted, found.verdict) == (False, "other answers: KL 0.5 > 0.02")
+
+
 def test_a_divergence_that_is_no_number_is_refused() -> None:
     landscape = Landscape({"one": {"a": 1.0, "b": 9.0}})
     landscape.kl = {"b": math.nan}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,7 +14,7 @@ from stoker import ConfigError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from stoker.profiles import Profile
+    from stoker.profiles import Profile, Weights
     from stoker_plugins.tune.host import Host
     from stoker_plugins.tune.report import Report
     from stoker_plugins.tune.session import Session, Wishes
@@ -186,7 +187,7 @@ def _finish(session: Session, flags: dict[str, Any], *, interrupted: bool) -> in
             report.profile = str(_write(session, with_weights=kept is not None))
             click.echo(f"profile written: {report.profile}")
             click.echo("`stoker serve` uses it from now on; `--no-profile` serves without it.")
-        elif not interrupted:
+        elif not interrupted and session.weights is None:
             click.echo("no profile was written: nothing is clearly better than the defaults")
         if flags["json_file"]:
             _write_json(report, Path(flags["json_file"]))
@@ -258,9 +259,28 @@ def _wants_profile(
 
 
 def _write(session: Session, *, with_weights: bool) -> Path:
-    from stoker.profiles import write_profile
+    from stoker.profiles import profile_path, read_profile, write_profile
 
-    return write_profile(_profile(session, with_weights=with_weights))
+    profile = _profile(session, with_weights=with_weights)
+    path = profile_path(profile.machine, profile.model)
+    older = None
+    if path.exists():
+        with contextlib.suppress(ConfigError):
+            older = read_profile(path).weights
+    written = write_profile(profile)
+    if older is not None and (profile.weights is None or profile.weights.path != older.path):
+        _delete_weights(older)
+    return written
+
+
+def _delete_weights(weights: Weights) -> None:
+    """Delete a file that this command has made; no other."""
+    from stoker.profiles import data_folder
+
+    path = Path(weights.path)
+    if path.parent == data_folder() / "weights" and path.exists():
+        path.unlink()
+        click.echo(f"deleted {path}")
 
 
 def _profile(session: Session, *, with_weights: bool) -> Profile:
@@ -338,7 +358,7 @@ def _print_profile(file: Path, profile: Profile) -> None:
 
 
 def _forget(host: Host, flags: dict[str, Any]) -> int:
-    from stoker.profiles import data_folder, profile_path, read_profile
+    from stoker.profiles import profile_path, read_profile
 
     target = _find(host, flags)
     path = profile_path(target.machine, target.model_fingerprint)
@@ -351,10 +371,8 @@ def _forget(host: Host, flags: dict[str, Any]) -> int:
         weights = None  # a broken one can be forgotten, too
     path.unlink(missing_ok=True)
     click.echo(f"deleted {path}")
-    # Only what this command made is deleted with it.
-    if weights is not None and Path(weights.path).parent == data_folder() / "weights":
-        Path(weights.path).unlink(missing_ok=True)
-        click.echo(f"deleted {weights.path}")
+    if weights is not None:
+        _delete_weights(weights)
     return 0
 
 

@@ -62,6 +62,8 @@ class Report(msgspec.Struct, kw_only=True):
         final: That against the defaults; ``None`` if it was not compared.
         defaults: Figures of the defaults, by where the load ran.
         tuned: Figures of what is best.
+        others: Figures of other weights.
+        noise: Standard deviation of a ratio's logarithm, at the end.
         weights: Files in other types that were made: type, bytes.
         skipped: What was not tuned, and why.
         notes: Other things to know.
@@ -83,6 +85,8 @@ class Report(msgspec.Struct, kw_only=True):
     final: Row | None = None
     defaults: Mapping[str, Figures] = {}
     tuned: Mapping[str, Figures] = {}
+    others: Mapping[str, Mapping[str, Figures]] = {}
+    noise: float = 0.0
     weights: Mapping[str, int] = {}
     skipped: Mapping[str, str] = {}
     notes: list[str] = []
@@ -112,6 +116,10 @@ def print_report(report: Report, console: Console) -> None:
     _print_table(report, console)
     _print_figures(report, console)
     _print_bars([*report.rows, *([report.final] if report.final else [])], console)
+    if report.noise:
+        console.print(
+            f"Noise: a setting differs by {report.noise:.1%} from one measurement to the next."
+        )
     for name, why in report.skipped.items():
         console.print(f"{name}: not tuned: {why}")
     for note in report.notes:
@@ -158,7 +166,8 @@ def _print_figures(report: Report, console: Console) -> None:
         report.load, "first token", "next token", "tokens/s", "prefill tokens/s", "decode tokens/s",
         box=SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
-    for name, runs in (("defaults", report.defaults), ("tuned", report.tuned)):
+    shown = {"defaults": report.defaults, "tuned": report.tuned, **report.others}
+    for name, runs in shown.items():
         for where, figures in runs.items():
             table.add_row(
                 f"{name}, {'alone' if where == 'alone' else 'beside a busy process'}",

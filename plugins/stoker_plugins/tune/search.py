@@ -134,6 +134,8 @@ class Comparison:
         beside: The ratios of the scores in company, where there were any.
         noise: Standard deviation of a ratio's logarithm, as it was judged by.
         quality: The candidate's.
+        fault: Why it may not be accepted however fast it is; empty if it may.
+        keep_on: Measure the speed even so: the user asked for exactly this.
         verdict: In words; empty while it is not over.
         accepted: Whether it is an improvement.
     """
@@ -146,6 +148,8 @@ class Comparison:
     beside: list[float] = field(default_factory=list)
     noise: float = 0.0
     quality: Quality | None = None
+    fault: str = ""
+    keep_on: bool = False
     verdict: str = ""
     accepted: bool = False
 
@@ -219,7 +223,9 @@ def _measure_pair(
         comparison.close(found.failure or "computes nothing in its time")
         return None
     if not kl_mean <= rules.max_kl:
-        comparison.close(f"other answers: KL {kl_mean:.3g} > {rules.max_kl:g}")
+        comparison.fault = f"other answers: KL {kl_mean:.3g} > {rules.max_kl:g}"
+    if comparison.fault and not comparison.keep_on:
+        comparison.close(comparison.fault)
         return None
     return base or _measure_baseline(measure, baseline, beside=beside), found
 
@@ -273,7 +279,8 @@ def compare(
         answer = judge(comparison.ratios, comparison.noise, rules, known=noise.is_known)
         tell(comparison)
         if answer is not None:
-            return comparison.close(_word(comparison, answer, rules), accepted=answer)
+            word = comparison.fault or _word(comparison, answer, rules)
+            return comparison.close(word, accepted=answer and not comparison.fault)
 
 
 def _word(comparison: Comparison, answer: bool, rules: Rules) -> str:

@@ -32,6 +32,8 @@ from stoker_plugins.tune.trials import run_job
 __all__ = ["Session", "Wishes"]
 
 _PROBE_SCALE = 0.25
+_LOOK_S = 0.5
+_BUSY_PERCENT = 25.0  # of all cores, before anything is measured
 _SCALES = (0.1, 4.0)
 _FIRST_LIMIT_S = 120.0
 _LIMIT_S_PER_BYTE = 1 / 20e6  # a slow disk
@@ -108,6 +110,7 @@ class Session:
         self._scale = _PROBE_SCALE
         self._took_s = {False: 0.0, True: 0.0}  # a whole process, alone and with company
         self._files: dict[str, LocalModel] = {}
+        self._made: list[Path] = []
         self._figures: dict[tuple[tuple[str, str], ...], dict[str, Figures]] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="stoker-tune-"))
         self._search = Search(
@@ -141,12 +144,18 @@ class Session:
     def close(self, *, keep: LocalModel | None = None) -> None:
         """Remove what was made on the way, but for the weights that are to be kept."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        for local in self._files.values():
-            if keep is None or local.path != keep.path:
-                local.path.unlink(missing_ok=True)
+        for path in self._made:
+            if keep is None or path != keep.path:
+                path.unlink(missing_ok=True)
 
     def _calibrate(self) -> None:
         """See how long the load takes, and keep what the model says with its defaults."""
+        busy = psutil.cpu_percent(interval=_LOOK_S)
+        if busy > _BUSY_PERCENT:
+            self.report.notes.append(
+                f"Other processes took {busy:.0f} % of the machine at the start: the more they do, the less "
+                "can be told. Tune an idle machine, or with longer runs (--run-seconds)."
+            )
         self._say("the defaults")
         reference = QualityJob(path=str(self._folder / "reference.npy"), write=True)
         probe = self._do({}, beside=False, quality=reference, scale=_PROBE_SCALE)
@@ -211,7 +220,7 @@ class Session:
         """Turn the weights into other types and compare those with the model's own."""
         fastest = 0.0
         for name in self.wishes.requantize:
-            comparison = Comparison(WEIGHTS, name, {**self.best, WEIGHTS: name})
+            comparison = Comparison(WEIGHTS, name, {**self.best, WEIGHTS: name}, keep_on=True)
             self._search.comparisons.append(comparison)
             failure = self._write_weights(name)
             if failure:
@@ -233,8 +242,9 @@ class Session:
         self._say(f"writing the weights as {name}")
         digest = self.target.model_fingerprint.digest[:12]
         path = data_folder() / "weights" / f"{local.model_id}.{name}-{digest}{local.path.suffix}"
-        if path.exists():
-            return f"{path} is there already (in use by a profile? see stoker tune --forget)"
+        if path.exists():  # kept by an earlier tuning, with the user's consent
+            self._take(name, path)
+            return ""
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,9 +267,14 @@ class Session:
             return f"{path}: {error.strerror or error}"
         finally:
             partial.unlink(missing_ok=True)
-        self._files[name] = as_other_weights(local, path)
-        self.report.weights = {**self.report.weights, name: answer.size_bytes}
+        self._made.append(path)
+        self._take(name, path)
         return ""
+
+    def _take(self, name: str, path: Path) -> None:
+        self._files[name] = as_other_weights(self.target.local, path)
+        size = self._files[name].size_bytes
+        self.report.weights = {**self.report.weights, name: size}
 
     def _conclude(self) -> None:
         self.report.rows = [row_of(comparison) for comparison in self._search.comparisons]
@@ -267,6 +282,11 @@ class Session:
         self.report.defaults = self._figures.get((), {})
         if self.best:
             self.report.tuned = self._figures.get(tuple(sorted(self.best.items())), {})
+        for name in self._files:
+            key = tuple(sorted({**self.best, WEIGHTS: name}.items()))
+            if key in self._figures:
+                self.report.others = {**self.report.others, f"weights {name}": self._figures[key]}
+        self.report.noise = self._search.noise.of_ratio
         self.report.seconds = self._clock() - self._started_s
 
     # ------------------------------------------------------------------ measuring

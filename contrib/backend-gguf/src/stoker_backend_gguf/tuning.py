@@ -54,6 +54,7 @@ def tunables(model: LocalModel) -> list[Tunable]:
     """
     flash = {"flash_attention": ("auto", "on")}
     return [
+        # No f32: with flash attention llama.cpp turns it into f16 again in every step, at a cost.
         Tunable(
             name="kv_type",
             summary="How keys and values are stored in KV memory",
@@ -62,7 +63,6 @@ def tunables(model: LocalModel) -> list[Tunable]:
                 _value("f16", kv_type_k="f16", kv_type_v="f16"),
                 _value("bf16", kv_type_k="bf16", kv_type_v="bf16"),
                 _value("q8_0", flash, kv_type_k="q8_0", kv_type_v="q8_0"),
-                _value("f32", kv_type_k="f32", kv_type_v="f32"),
             ],
             group="memory",
             changes_quality=True,
