@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,8 @@ def test_a_child_that_dies_is_an_answer(code: str, failure: str) -> None:
     assert answer.runs == {}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_child_that_hangs_is_ended_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,11 +71,14 @@ def test_a_child_that_hangs_is_ended_with_its_children(
         f"open({str(pid)!r}, 'w').write(str(p.pid))\n"
         "time.sleep(60)\n"
     )
-    answer = run_job(job(limit_s=1.5), child(code))
-    assert answer.failure == "takes longer than 2 s"
+    answer = run_job(job(limit_s=4.0), child(code))
+    assert answer.failure == "takes longer than 4 s"
     state = Path(f"/proc/{pid.read_text()}/stat")
+    deadline = time.monotonic() + 30
     # Gone, or a zombie that nobody has waited for yet.
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.02)
 
 
 def test_what_the_child_says_is_taken() -> None:
