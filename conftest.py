@@ -1,6 +1,7 @@
 """For all tests of the repository."""
 
 import os
+import tempfile
 
 # Before any library brings OpenMP in: spinning threads on few cores make every step crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -10,3 +11,6 @@ from hypothesis import settings
 # No example fails for taking long: the machine may be busy.
 settings.register_profile("stoker", deadline=None)
 settings.load_profile("stoker")
+# No test may depend on, or leave behind, what `stoker tune` writes for the user.
+_data = tempfile.TemporaryDirectory(prefix="stoker-test-data-")
+os.environ["XDG_DATA_HOME"] = _data.name

@@ -37,6 +37,7 @@ PUBLIC = {
     *("Preemption", "RequestCancelledError", "RequestNotFoundError", "ScheduledTokens"),
     *("SequenceTrace", "SlowReaderError", "StepCost", "TenantConfig", "TenantLoad", "TenantShare"),
     *("Tokenizer", "UnavailableError", "Usage", "__version__", "hookimpl"),
+    *("Requantization", "Tunable", "TunableValue"),
 }
 
 

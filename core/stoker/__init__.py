@@ -47,6 +47,7 @@ _HOMES = {
         "ObserverInfo",
         "PolicyContext",
         "PolicyInfo",
+        "Requantization",
         "RouteInfo",
         "Runtime",
         "RuntimeInfo",
@@ -61,6 +62,8 @@ _HOMES = {
         "TenantShare",
         "TierUsage",
         "Tokenizer",
+        "Tunable",
+        "TunableValue",
     ),
     "stoker.types": (
         "Delta",

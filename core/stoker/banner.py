@@ -61,12 +61,16 @@ def _has_keys(config: Config) -> bool:
 
 def _rows(served: ServedModel) -> list[tuple[str, str]]:
     info = served.info
-    settings = ", ".join(f"{name} {value}" for name, value in info.settings.items())
+    shown = dict(info.settings)
+    profile = shown.pop("profile", "")
+    settings = ", ".join(f"{name} {value}" for name, value in shown.items())
+    tuned = [("profile", f"{profile}; stoker tune --show")] if profile else []
     return [
         ("model", f"{served.model_id} ({info.name}, {_size(info.weights_bytes)})"),
         ("backend", f"{served.backend} on {info.device}" + (f" ({settings})" if settings else "")),
         ("lanes", f"{info.num_lanes} of {info.context_length} tokens"),
         ("KV memory", f"{_size(info.kv_bytes)} for {info.kv_capacity_tokens} tokens"),
+        *tuned,
     ]
 
 

@@ -67,6 +67,7 @@ _NOT_EMPTY = (
     *("server.host", "models.model", "models.id", "models.backend", "models.draft_model"),
     "scheduler.policy",
     "cache.eviction",
+    "performance.profile",
 )
 
 _Problem = tuple[str, str]

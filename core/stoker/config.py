@@ -247,9 +247,12 @@ class PerformanceConfig(Section, frozen=True, kw_only=True):
 
     Attributes:
         threads: Compute threads of each runtime; by default the cores this process may use.
+        profile: Settings that ``stoker tune`` found for a model on this machine: ``auto`` uses them where
+            nothing else is set, ``off`` does not, anything else is the file of a profile.
     """
 
     threads: int | None = None
+    profile: str = "auto"
 
 
 class LoggingConfig(Section, frozen=True, kw_only=True):

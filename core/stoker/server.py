@@ -16,21 +16,19 @@ import msgspec
 from stoker.api.app import build_app
 from stoker.chat_template import ChatTemplate
 from stoker.config import Config, ModelConfig, TenantConfig
-from stoker.discovery import Plugins, resolve_model
+from stoker.discovery import Plugins
 from stoker.engine.client import EngineClient
 from stoker.engine.draft_model import DraftModelDrafter, check_draft_model
 from stoker.engine.loop import EngineLoop
 from stoker.engine.model_engine import ModelEngine
 from stoker.engine.ngram import NgramDrafter
 from stoker.engine.readers import ReaderLimits
-from stoker.errors import ConfigError, ModelError
+from stoker.errors import ConfigError
 from stoker.history import History
 from stoker.interfaces import (
-    BackendInfo,
     CacheReport,
     EngineSnapshot,
     EvictionStrategy,
-    LoadSettings,
     LoadSnapshot,
     MiddlewareInfo,
     Observer,
@@ -44,10 +42,10 @@ from stoker.interfaces import (
     SnapshotStore,
     TenantLoad,
 )
+from stoker.loader import ModelLoader
 from stoker.router import RoutedModel, Router
 from stoker.stores import build_store
 from stoker.tenants import Tenants
-from stoker.types import LocalModel
 from stoker.warm_up import WarmUp, read_warm_up
 
 if TYPE_CHECKING:
@@ -75,6 +73,7 @@ class Server(ServerContext):
         warm_up: What is computed before anybody asks.
         loops: One loop for each device.
         tenants: Their settings; they change when the configuration is read again.
+        origins: Where each setting was read, so that a profile overrides none; empty if nobody says.
     """
 
     router: Router
@@ -88,7 +87,8 @@ class Server(ServerContext):
         self.observers: Mapping[str, Observer] = {}
         self.loops: dict[str, EngineLoop] = {}
         self.tenants = Tenants(config.tenants)
-        self._runtimes: list[Runtime] = []
+        self.origins: Mapping[str, str] = {}
+        self._loader = ModelLoader(config, plugins, self.origins, self.clock)
         self._stores: list[SnapshotStore] = []
         self._stopped = False
 
@@ -136,6 +136,7 @@ class Server(ServerContext):
             StokerError: A plugin, a setting or a model is wrong; the message says which.
         """
         self.plugins.check(self.config)
+        self._loader = ModelLoader(self.config, self.plugins, self.origins, self.clock)
         try:
             self._build()
         except BaseException:
@@ -195,13 +196,14 @@ class Server(ServerContext):
 
     def _load_model(self, model: ModelConfig) -> RoutedModel:
         config = self.config
-        local, info, runtime = self._load_runtime(model)
+        loaded = self._loader.load(model)
+        local, runtime = loaded.local, loaded.runtime
         drafter = self._drafter_for(model, runtime)
         self._check_reservations(runtime.info.num_lanes)
         served = ServedModel(
             model_id=model.id or local.model_id,
             reference=model.model,
-            backend=info.name,
+            backend=loaded.backend,
             created=int(local.path.stat().st_mtime) if local.path.exists() else 0,
             size_bytes=local.size_bytes,
             info=runtime.info,
@@ -211,7 +213,7 @@ class Server(ServerContext):
             config.cache,
             runtime.info,
             local,
-            info.name,
+            loaded.backend,
             self._eviction(),
             self.clock,
         )
@@ -224,7 +226,7 @@ class Server(ServerContext):
             served.model_id,
             runtime,
             self._make(policy_info),
-            config.scheduler,
+            loaded.tuned.scheduler,
             config.cache,
             list(self.observers.values()),
             self.clock,
@@ -248,27 +250,6 @@ class Server(ServerContext):
         client = EngineClient(engine, loop, store)
         return RoutedModel(served, client, template, heartbeat_s=lambda: loop.heartbeat_s)
 
-    def _load_runtime(self, model: ModelConfig) -> tuple[LocalModel, BackendInfo, Runtime]:
-        config = self.config
-        local = resolve_model(model.model, self.plugins, progress=True)
-        info = self._backend_for(model, local)
-        started_s = self.clock()
-        runtime = info.factory().load(
-            local,
-            LoadSettings(
-                lanes=model.lanes,
-                context_length=model.context,
-                threads=config.performance.threads,
-                max_step_tokens=config.scheduler.max_num_batched_tokens,
-                options=self.plugins.options(info, config, extra=model.options),
-            ),
-        )
-        self._runtimes.append(runtime)
-        logger.info("loaded %s in %.1f s", local.path.name, self.clock() - started_s)
-        for warning in runtime.info.warnings:
-            logger.warning("%s", warning)
-        return local, info, runtime
-
     def _drafter_for(self, model: ModelConfig, runtime: Runtime) -> Drafter | None:
         """Who guesses tokens for a model, if anybody does."""
         config = self.config.speculation
@@ -278,7 +259,7 @@ class Server(ServerContext):
             wanted = ModelConfig(
                 model=model.draft_model, backend=model.backend, lanes=lanes, context=context
             )
-            _, _, draft = self._load_runtime(wanted)
+            draft = self._loader.load(wanted, profile=False).runtime
             check_draft_model(runtime, draft, model.model, model.draft_model)
             return DraftModelDrafter(draft, self.clock)
         if config.method == "none" or runtime.info.capabilities.truncation != "any":
@@ -297,20 +278,6 @@ class Server(ServerContext):
                 "reserve fewer, or give the model more lanes"
             )
         logger.warning("%s; the others live on what these leave idle", what)
-
-    def _backend_for(self, model: ModelConfig, local: LocalModel) -> BackendInfo:
-        """The backend that is named, or the first that accepts the model."""
-        if model.backend != "auto":
-            return cast(BackendInfo, self.plugins.require("backend", model.backend))
-        backends = cast(list[BackendInfo], self.plugins.active("backend", self.config))
-        for info in backends:
-            if info.factory().accepts(local):
-                return info
-        have = ", ".join(info.name for info in backends) or "none"
-        raise ModelError(
-            f"no installed backend can load {local.path.name} (installed: {have}); "
-            "for GGUF files: pip install stoker-backend-gguf"
-        )
 
     def apply(self, config: Config, keys: KeyRing) -> None:
         """Take the tenants and keys of a configuration that was read again; all else stays.
@@ -376,9 +343,7 @@ class Server(ServerContext):
         for store in self._stores:
             store.close()
         self._stores.clear()
-        for runtime in self._runtimes:
-            runtime.close()
-        self._runtimes.clear()
+        self._loader.close()
 
 
 def build_server(config: Config, plugins: Plugins) -> Server:

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,7 @@ def serve(
     plugins: Plugins,
     reload: Callable[[], Config] | None = None,
     config_file: Path | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> int:
     """Serve until a signal; returns the process's exit code.
 
@@ -104,12 +105,14 @@ def serve(
         plugins: What was found.
         reload: Reads the configuration again, on SIGHUP or when a file changes; without it nothing does.
         config_file: The file that the configuration was read from, if any.
+        origins: Where each setting was read; what has one is not overridden by a profile.
 
     Raises:
         StokerError: The server cannot start; the message says why.
     """
     setup_logging(config.logging)
     server = Server(config, plugins)
+    server.origins = origins or {}
     # Before the files of keys are read: loading a model takes long enough for them to change.
     reloader = Reloader(config, reload, server.apply, config_file) if reload is not None else None
     server.build()

@@ -49,6 +49,7 @@ _FLAGS = {
     "server.api_keys": "flag --api-key",
     "logging.level": "flag --log-level",
     "logging.format": "flag --log-format",
+    "performance.profile": "flag --no-profile",
 }
 
 

@@ -215,6 +215,12 @@ def stoker_register_model_sources() -> Sequence[ModelSourceInfo]:
     ]
 
 
+def _tune() -> Any:
+    from stoker_plugins.tune.command import command
+
+    return command
+
+
 @hookimpl
 def stoker_register_commands() -> Sequence[CommandInfo]:
     """Subcommands of ``stoker``."""
@@ -224,5 +230,11 @@ def stoker_register_commands() -> Sequence[CommandInfo]:
             name="bench",
             summary="Measure servers that speak the OpenAI API, side by side",
             factory=_lazy(".bench.command", "make_command"),
+        ),
+        CommandInfo(
+            api_version=1,
+            name="tune",
+            summary="Measure what settings are best for a model on this machine",
+            factory=_tune,
         ),
     ]

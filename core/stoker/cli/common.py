@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stoker.config import Config
     from stoker.discovery import Plugins
     from stoker.settings import Origins
+    from stoker.types import LocalModel
 
 __all__ = [
     "State",
@@ -62,6 +63,16 @@ class State:
         from stoker.settings import load_config
 
         return load_config(path, self.environ, overrides)
+
+    def resolve(self, reference: str) -> LocalModel:
+        """The model that a reference names, fetched if need be.
+
+        Args:
+            reference: What ``stoker serve`` takes.
+        """
+        from stoker.discovery import resolve_model
+
+        return resolve_model(reference, self.plugins, progress=True)
 
     def config_file(self, path: str | None) -> Path | None:
         """The file that the configuration is read from, if there is one.

@@ -23,6 +23,7 @@ __all__ = ["command"]
 @click.option("--lanes", type=int, help="Sequences that run at once.")
 @click.option("--context", type=int, help="Most tokens of one request, prompt and answer.")
 @click.option("--threads", type=int, help="Compute threads.")
+@click.option("--no-profile", is_flag=True, help="Ignore what `stoker tune` found.")
 @click.option(
     "--api-key",
     "api_keys",
@@ -62,6 +63,7 @@ def command(
         "models.context": flags["context"],
         "scheduler.policy": flags["policy"],
         "performance.threads": flags["threads"],
+        "performance.profile": "off" if flags["no_profile"] else None,
         "logging.level": log_level,
         "logging.format": log_format,
     }
@@ -72,9 +74,9 @@ def command(
     def load() -> Config:
         return state.config(config_path, overrides)[0]
 
-    config = load()
+    config, origins = state.config(config_path, overrides)
     state.plugins.check(config)
     # The server brings Litestar and numpy: only now, when nothing is left to refuse.
     from stoker.serving import serve
 
-    return serve(config, state.plugins, load, file)
+    return serve(config, state.plugins, load, file, origins)

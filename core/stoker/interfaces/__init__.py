@@ -43,9 +43,12 @@ from stoker.interfaces.runtimes import (
     Backend,
     Capabilities,
     LoadSettings,
+    Requantization,
     Runtime,
     RuntimeInfo,
     Tokenizer,
+    Tunable,
+    TunableValue,
 )
 from stoker.interfaces.serving import (
     EngineSnapshot,
@@ -87,6 +90,7 @@ __all__ = [
     "ObserverInfo",
     "PolicyContext",
     "PolicyInfo",
+    "Requantization",
     "RouteInfo",
     "Runtime",
     "RuntimeInfo",
@@ -101,4 +105,6 @@ __all__ = [
     "TenantShare",
     "TierUsage",
     "Tokenizer",
+    "Tunable",
+    "TunableValue",
 ]

@@ -8,18 +8,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from stoker.errors import ModelError
 from stoker.types import LocalModel, StepInput, StepOutput
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
 __all__ = [
     "Backend",
     "Capabilities",
     "LoadSettings",
+    "Requantization",
     "Runtime",
     "RuntimeInfo",
     "Tokenizer",
+    "Tunable",
+    "TunableValue",
 ]
 
 
@@ -183,6 +189,63 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     options: Any = None
 
 
+class TunableValue(msgspec.Struct, frozen=True, kw_only=True):
+    """One value that a ``Tunable`` may have.
+
+    Attributes:
+        label: How it is called in tables, e.g. ``"bf16"``.
+        options: The backend's options that make it so.
+        requires: Where it only works with certain values of other options: option -> those values.
+    """
+
+    label: str
+    options: Mapping[str, Any] = {}
+    requires: Mapping[str, Sequence[Any]] = {}
+
+
+class Tunable(msgspec.Struct, frozen=True, kw_only=True):
+    """Something about a backend that is worth measuring on the user's machine.
+
+    Attributes:
+        name: What ``stoker tune --only`` takes.
+        summary: One line for people.
+        values: What to try, the likeliest gain first; one of them is the default.
+        default: The label of the value that is in force when nothing is set.
+        group: ``compute``, ``memory`` or ``waiting``; for tables.
+        changes_quality: Whether the logits may differ by more than rounding.
+        depends_on_company: Whether its worth depends on what else runs on the machine: then it is
+            measured alone and beside a busy process.
+    """
+
+    name: str
+    summary: str
+    values: Sequence[TunableValue]
+    default: str
+    group: str = "compute"
+    changes_quality: bool = False
+    depends_on_company: bool = False
+
+
+class Requantization(msgspec.Struct, frozen=True, kw_only=True):
+    """What types a model's weights could be turned into.
+
+    Attributes:
+        current: The type they have, e.g. ``"q4_1"``.
+        types: The types that ``Backend.requantize`` takes.
+        lossy_source: Whether they are quantised already, so that turning them loses more than doing so
+            from the full weights would.
+        hint: One sentence if the current type has no fast kernel on this machine and others have; else
+            empty.
+        faster: Those others, the one that loses least first.
+    """
+
+    current: str
+    types: Sequence[str]
+    lossy_source: bool = False
+    hint: str = ""
+    faster: Sequence[str] = ()
+
+
 class Backend(ABC):
     """Turns a model on disk into a ``Runtime``."""
 
@@ -198,3 +261,28 @@ class Backend(ABC):
             ModelError: One clear line: truncated, of the wrong format, of an unknown architecture, ...
             OutOfMemoryError: It does not fit.
         """
+
+    def tunables(self, model: LocalModel) -> Sequence[Tunable]:
+        """What of this backend's options ``stoker tune`` should measure for a model on this machine."""
+        return ()
+
+    def versions(self) -> Mapping[str, str]:
+        """What a measurement depends on besides machine and model: ``{"llama-cpp-python": "0.3.36"}``."""
+        return {}
+
+    def requantization(self, model: LocalModel) -> Requantization | None:
+        """What types the model's weights could be turned into; ``None`` if into no other."""
+        return None
+
+    def requantize(self, model: LocalModel, type_name: str, target: Path) -> None:
+        """Write the model to ``target`` with weights of another type.
+
+        Args:
+            model: What to read.
+            type_name: One of ``Requantization.types``.
+            target: The file to write; it is overwritten.
+
+        Raises:
+            ModelError: It cannot be done; one clear line.
+        """
+        raise ModelError(f"{model.path}: this backend cannot write models of other types")

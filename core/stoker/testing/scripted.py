@@ -9,8 +9,10 @@ that copy do: what speculative decoding is tested with.
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ from stoker.interfaces import (
     Runtime,
     RuntimeInfo,
     Tokenizer,
+    Tunable,
+    TunableValue,
 )
 from stoker.testing.scripted_options import ScriptedOptions
 from stoker.types import LocalModel, StepInput, StepOutput
@@ -58,6 +62,7 @@ _MULTIPLIER = np.uint64(6364136223846793005)  # Knuth's MMIX linear congruential
 _INCREMENT = np.uint64(1442695040888963407)
 _WHOLE_BLOCK = 1 << 20  # above every token id
 _MASK64 = (1 << 64) - 1
+_SLOWNESS = {"plain": 1.0, "slow": 2.0, "wide": 0.5, "blurred": 0.25, "broken": 1.0}
 
 
 class ScriptedTokenizer(Tokenizer):
@@ -128,7 +133,8 @@ class ScriptedRuntime(Runtime):
                 snapshot=options.snapshot,
                 exact_block=options.exact_block,
             ),
-            settings={"kind": "deterministic test model"},
+            settings={"kind": "deterministic test model"}
+            | ({"kernel": options.kernel} if options.kernel != "plain" else {}),
         )
         self.tokenizer = ScriptedTokenizer()
         self.before_step: Callable[[StepInput], None] | None = None
@@ -139,14 +145,20 @@ class ScriptedRuntime(Runtime):
         # With a period, also the tokens themselves.
         self._tokens = np.zeros((lanes, context_length if options.period else 0), np.int64)
         self._one_hot = np.eye(_VOCABULARY, dtype=np.float32) * 8.0
+        if options.kernel == "blurred":
+            self._one_hot *= 0.5
+        self._slowness = _SLOWNESS[options.kernel]
 
     def step(self, step: StepInput) -> StepOutput:
         """Hash on; logits are 8 for the next token and 0 for all others."""
         if self.before_step is not None:
             self.before_step(step)
         options = self.options
+        if options.kernel == "broken":
+            os.kill(os.getpid(), signal.SIGSEGV)
         if options.step_s or options.token_s:
-            time.sleep(options.step_s + options.token_s * len(step.token_ids))
+            seconds = options.step_s + options.token_s * len(step.token_ids)
+            time.sleep(seconds * self._slowness)
         if int(self._lengths.sum()) + len(step.token_ids) > self.info.kv_capacity_tokens:
             return StepOutput(np.empty((0, _VOCABULARY), np.float32), no_room=True)
         self.num_steps += 1
@@ -308,3 +320,18 @@ class ScriptedBackend(Backend):
             max_step_tokens=settings.max_step_tokens,
             options=settings.options,
         )
+
+    def tunables(self, model: LocalModel) -> Sequence[Tunable]:
+        """Its kernels, of which one is the best: what a tuner has to find."""
+        return [
+            Tunable(
+                name="kernel",
+                summary="How the test model computes",
+                values=[
+                    TunableValue(label=name, options={"kernel": name})
+                    for name in ("plain", "slow", "broken", "blurred", "wide")
+                ],
+                default="plain",
+                changes_quality=True,
+            )
+        ]

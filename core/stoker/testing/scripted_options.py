@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 __all__ = ["ScriptedOptions"]
@@ -22,6 +24,9 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         snapshot: Whether it can make snapshots.
         exact_block: As in ``Capabilities``; above 1 a token's KV really depends on the piece that it is
             computed in: a whole block, less than one, or anything else.
+        kernel: How it computes, for tuners to choose: ``wide`` takes half of ``step_s`` and ``token_s``,
+            ``slow`` twice as long, ``blurred`` a quarter and is less sure of its tokens, and ``broken``
+            kills the process as a miscompiled kernel does.
     """
 
     end_every: int = 0
@@ -34,3 +39,4 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     copy_prefix: bool = True
     snapshot: bool = False
     exact_block: int = 1
+    kernel: Literal["plain", "slow", "wide", "blurred", "broken"] = "plain"

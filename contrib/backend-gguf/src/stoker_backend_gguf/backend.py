@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import stoker
-from stoker_backend_gguf import machine
+from stoker_backend_gguf import machine, tuning
 from stoker_backend_gguf.gguf_header import MAGIC, GgufHeader, check_files
 from stoker_backend_gguf.native import (
     NativeContext,
@@ -24,6 +24,7 @@ from stoker_backend_gguf.selftest import run_selftest
 from stoker_backend_gguf.tokenizer import GgufTokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["GgufBackend"]
@@ -119,6 +120,22 @@ class GgufBackend(stoker.Backend):
             )
             on_failure.pop_all()
         return runtime
+
+    def tunables(self, model: stoker.LocalModel) -> Sequence[stoker.Tunable]:
+        """See ``tuning.tunables``."""
+        return tuning.tunables(model)
+
+    def versions(self) -> Mapping[str, str]:
+        """See ``tuning.versions``."""
+        return tuning.versions()
+
+    def requantization(self, model: stoker.LocalModel) -> stoker.Requantization | None:
+        """See ``tuning.requantization``."""
+        return tuning.requantization(model)
+
+    def requantize(self, model: stoker.LocalModel, type_name: str, target: Path) -> None:
+        """See ``tuning.requantize``."""
+        tuning.requantize(model, type_name, target)
 
 
 # --------------------------------------------------------------------------- choosing

@@ -6,6 +6,7 @@ Only the bindings' low-level functions are used. ``lib`` below is the module ``l
 from __future__ import annotations
 
 import collections
+import importlib.util
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ __all__ = [
     "NativeModel",
     "NativeSettings",
     "library",
+    "library_folder",
     "prepare_openmp",
     "take_errors",
 ]
@@ -129,6 +131,16 @@ def library() -> Any:
         if "lib" not in _state:
             _state["lib"] = _load_library()
         return _state["lib"]
+
+
+def library_folder() -> Path | None:
+    """Where the bindings find llama.cpp's shared libraries; ``None`` if they are not installed."""
+    named = os.environ.get("LLAMA_CPP_LIB_PATH")
+    if named is not None:
+        return Path(named)
+    spec = importlib.util.find_spec("llama_cpp")
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) / "lib" if places else None
 
 
 def take_errors() -> str:

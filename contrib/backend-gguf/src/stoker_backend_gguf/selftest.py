@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import platform
 import signal
@@ -25,7 +24,7 @@ import numpy as np
 from stoker import ModelError
 from stoker_backend_gguf.batch import Batch
 from stoker_backend_gguf.machine import cpu_flags
-from stoker_backend_gguf.native import NativeContext, NativeModel, NativeSettings
+from stoker_backend_gguf.native import NativeContext, NativeModel, NativeSettings, library_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,15 +109,11 @@ def _judge(code: int, stderr: bytes) -> Outcome:
 
 def _stamp_path(path: Path, settings: NativeSettings) -> Path | None:
     """Where a pass is remembered; its name is a digest of all that could change the result."""
-    folder = os.environ.get("LLAMA_CPP_LIB_PATH")
+    folder = library_folder()
     if folder is None:
-        spec = importlib.util.find_spec("llama_cpp")
-        places = spec.submodule_search_locations if spec else None
-        if not places:
-            return None
-        folder = os.path.join(places[0], "lib")  # noqa: PTH118 - places are strings
+        return None
     try:
-        files = [*sorted(Path(folder).iterdir()), path.resolve()]
+        files = [*sorted(folder.iterdir()), path.resolve()]
         parts = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     except OSError:
         return None
