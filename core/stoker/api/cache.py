@@ -172,13 +172,18 @@ def _recent(eviction: Eviction, now_s: float) -> RecentEviction:
 def _totals(report: CacheReport) -> CacheTotals:
     lanes, store = report.lanes, report.store
     evictions = [
-        CacheEvictions(tier="lane", reason=reason, count=count, tokens=lanes.evicted_tokens[reason])
+        CacheEvictions(
+            tier="lane", reason=reason, count=count, tokens=lanes.evicted_tokens.get(reason, 0)
+        )
         for reason, count in sorted(lanes.evictions.items())
     ]
     if store is not None:
         evictions += [
             CacheEvictions(
-                tier="snapshot", reason=reason, count=count, tokens=store.evicted_tokens[reason]
+                tier="snapshot",
+                reason=reason,
+                count=count,
+                tokens=store.evicted_tokens.get(reason, 0),
             )
             for reason, count in sorted(store.evictions.items())
         ]
