@@ -46,6 +46,9 @@ class ModelLoader:
         plugins: Where backends and model sources come from.
         origins: Where each setting was read, so that a profile overrides none; empty if nobody says.
         clock: Monotonic seconds.
+
+    Attributes:
+        runtimes: All that are loaded.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class ModelLoader:
         self._plugins = plugins
         self._origins = origins
         self._clock = clock
-        self._runtimes: list[Runtime] = []
+        self.runtimes: list[Runtime] = []
 
     def load(self, model: ModelConfig, *, profile: bool = True) -> Loaded:
         """Find a model and load it.
@@ -75,7 +78,7 @@ class ModelLoader:
         info = self._backend_for(model, local)
         started_s = self._clock()
         runtime, tuned = self._load_tuned(model, local, info, profile=profile)
-        self._runtimes.append(runtime)
+        self.runtimes.append(runtime)
         local = tuned.local
         logger.info("loaded %s in %.1f s", local.path.name, self._clock() - started_s)
         for warning in runtime.info.warnings:
@@ -84,9 +87,9 @@ class ModelLoader:
 
     def close(self) -> None:
         """Free every model; may be called twice."""
-        for runtime in self._runtimes:
+        for runtime in self.runtimes:
             runtime.close()
-        self._runtimes.clear()
+        self.runtimes.clear()
 
     def _backend_for(self, model: ModelConfig, local: LocalModel) -> BackendInfo:
         """The backend that is named, or the first that accepts the model."""

@@ -82,7 +82,7 @@ class Running:
 
     @property
     def runtime(self) -> ScriptedRuntime:
-        runtime = self.server._runtimes[0]
+        runtime = self.server._loader.runtimes[0]
         if not isinstance(runtime, ScriptedRuntime):
             raise TypeError(runtime)
         return runtime
