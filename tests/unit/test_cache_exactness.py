@@ -85,6 +85,7 @@ class World:
             max_step_tokens=64,
             options=ScriptedOptions(
                 exact_block=block,
+                exact_from=dice.choice([0, 0, 30]),
                 snapshot=dice.random() < 0.5,
                 copy_prefix=dice.random() < 0.8,
                 truncation=dice.choice(["any", "any", "any", "reset"]),
@@ -223,6 +224,21 @@ def test_a_prompt_is_reused_as_far_as_it_would_be_computed_in_the_same_kinds() -
     assert rule.usable(5, 0, 0) == 5
     assert rule.usable(5, 0, 8) == 0
     assert ExactBlocks(1).usable(13, 13, 20) == 13
+
+
+def test_short_prompts_have_no_blocks_where_the_runtime_says_so() -> None:
+    options = ScriptedOptions(exact_block=8, exact_from=60)
+    runtime = ScriptedRuntime(lanes=2, options=options)
+    harness = EngineHarness(FirstComeFirstServed(), runtime=runtime)
+    first = chat(harness, "a question of twenty-seven")[0]
+    told = "a question of twenty-seven" + first.text()
+    again, long = chat(harness, told + "and on", told + "and on" * 8)
+    truth = [runtime.expected_text(list(r.request.prompt_token_ids), 6) for r in (again, long)]
+    assert [again.text(), long.text()] == truth
+    ends = [request.finish() for request in (again, long)]
+    cached = [end.usage.cached_tokens for end in ends if end is not None and end.usage is not None]
+    # All of the conversation, its answer too; the long prompt has blocks, and those were never computed.
+    assert cached == [len(told) - 1, 0]
 
 
 def test_blocks_that_no_step_has_room_for_are_given_up(caplog: pytest.LogCaptureFixture) -> None:

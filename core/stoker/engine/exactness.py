@@ -25,14 +25,28 @@ class ExactBlocks:
 
     Args:
         block: Tokens of a block; 1 if any cut gives the same bits, or if nobody asks for that.
+        start: Shorter prompts have no blocks.
     """
 
-    def __init__(self, block: int = 1) -> None:
+    def __init__(self, block: int = 1, start: int = 0) -> None:
         self.block = block
+        self.start = start
 
     def boundary(self, num_prompt: int) -> int:
         """How many of a prompt's tokens are computed as whole blocks."""
-        return num_prompt - num_prompt % self.block
+        return num_prompt - num_prompt % self.block if num_prompt >= self.start else 0
+
+    def reusable(self, sequence: Sequence) -> int:
+        """How many of a sequence's first tokens may come from somebody else's KV at most.
+
+        Never the last one: its KV may be there, but its logits are not. Nor the one before it where pieces
+        matter and the last one would not be alone otherwise: a piece of one row is what a runtime computes
+        like a decode.
+        """
+        num_tokens = sequence.num_tokens
+        if self.block > 1 and num_tokens - self.boundary(sequence.num_prompt) > 1:
+            return num_tokens - 2
+        return num_tokens - 1
 
     def usable(self, shared: int, theirs: int, own: int) -> int:
         """How many of ``shared`` tokens are of the kinds that a newcomer would compute itself.

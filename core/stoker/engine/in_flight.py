@@ -121,7 +121,7 @@ class InFlightPrefixes:
         lanes = self._scheduler.lanes
         blocks = lanes.blocks
         scope = lanes.retention.scope_of(candidate.request)
-        shared = self._tree.match(scope, candidate.tokens[: candidate.num_tokens - 1])
+        shared = self._tree.match(scope, candidate.tokens[: blocks.reusable(candidate)])
         own = blocks.boundary(candidate.num_prompt)
         best, leader = 0, None
         for key, num_shared in shared.items():

@@ -261,4 +261,4 @@ def _blocks(runtime: Runtime, config: CacheConfig) -> ExactBlocks:
             info.max_step_tokens,
         )
         block = 1
-    return ExactBlocks(block)
+    return ExactBlocks(block, info.capabilities.exact_from)

@@ -142,7 +142,7 @@ class LanePool(LaneMemory):
         if not self._prefix_reuse:
             return {}
         self._follow_busy()
-        tokens = sequence.tokens[: sequence.num_tokens - 1]
+        tokens = sequence.tokens[: self.blocks.reusable(sequence)]
         scope = self.retention.scope_of(sequence.request)
         shared = self._tree.match(scope, tokens)
         own = self.blocks.boundary(sequence.num_prompt)
@@ -156,7 +156,7 @@ class LanePool(LaneMemory):
         public = self.retention.public_scope
         if not self.retention.pins or self.retention.scope_of(sequence.request) == public:
             return {}
-        tokens = sequence.tokens[: sequence.num_tokens - 1]
+        tokens = sequence.tokens[: self.blocks.reusable(sequence)]
         own = self.blocks.boundary(sequence.num_prompt)
         found: dict[int, int] = {}
         for pin in self.retention.pins:
@@ -170,7 +170,7 @@ class LanePool(LaneMemory):
     def prefetch(self, sequence: Sequence) -> None:
         """Begin to bring what a sequence that was just queued will want from disk into memory."""
         scope = self.retention.scope_of(sequence.request)
-        self._tier.prefetch(sequence.tokens[: sequence.num_tokens - 1], scope)
+        self._tier.prefetch(sequence.tokens[: self.blocks.reusable(sequence)], scope)
 
     # ------------------------------------------------------------------ acquire
 
@@ -210,7 +210,7 @@ class LanePool(LaneMemory):
         """The way that is worth the most."""
         found = self._look_up(sequence)
         scope = self.retention.scope_of(sequence.request)
-        tokens = sequence.tokens[: sequence.num_tokens - 1]
+        tokens = sequence.tokens[: self.blocks.reusable(sequence)]
         protection = self.retention.order(self._busy())
         rank = {lane: i for i, lane in enumerate(protection, 1)}
         busy = [lane for lane, owner in enumerate(self._owner) if owner is not None]

@@ -42,6 +42,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
             cut, as long as (1) whole blocks of B tokens, at multiples of B, are computed in chunks that start
             at a multiple of B and are a multiple of B long, and (2) what follows the prompt's last whole
             block, and generated tokens, are computed in pieces shorter than B. 1: any cut will do.
+        exact_from: Prompts of fewer tokens than this have no whole blocks in that sense and are computed in
+            pieces shorter than B throughout, so that all of their KV, and that of their answers, is of one
+            kind: for runtimes where blocks pay for long prompts only.
         shares_kv: ``copy_prefix`` shares memory instead of copying it; a copied token takes no room.
         lane_locality: Steps over neighbouring lanes are quicker than steps over scattered ones.
     """
@@ -51,6 +54,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: bool = False
     embed: bool = False
     exact_block: int = 1
+    exact_from: int = 0
     shares_kv: bool = False
     lane_locality: bool = False
 

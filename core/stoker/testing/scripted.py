@@ -132,6 +132,7 @@ class ScriptedRuntime(Runtime):
                 copy_prefix=options.copy_prefix,
                 snapshot=options.snapshot,
                 exact_block=options.exact_block,
+                exact_from=options.exact_from,
             ),
             settings={"kind": "deterministic test model"}
             | ({"kernel": options.kernel} if options.kernel != "plain" else {}),
@@ -263,7 +264,8 @@ class ScriptedRuntime(Runtime):
     def expected_text(self, prompt: list[int], num_tokens: int) -> str:
         """What this model writes after a prompt: the truth that tests compare with."""
         block = self.options.exact_block
-        in_blocks = len(prompt) - len(prompt) % block if block > 1 else 0
+        has_blocks = block > 1 and len(prompt) >= self.options.exact_from
+        in_blocks = len(prompt) - len(prompt) % block if has_blocks else 0
         state = np.array([self.state_after(prompt, in_blocks)], np.uint64)
         period, text = self.options.period, list(prompt)
         for _ in range(num_tokens):

@@ -24,6 +24,7 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         snapshot: Whether it can make snapshots.
         exact_block: As in ``Capabilities``; above 1 a token's KV really depends on the piece that it is
             computed in: a whole block, less than one, or anything else.
+        exact_from: As in ``Capabilities``.
         kernel: How it computes, for tuners to choose: ``wide`` takes half of ``step_s`` and ``token_s``,
             ``slow`` twice as long, ``blurred`` a quarter and is less sure of its tokens, and ``broken``
             kills the process as a miscompiled kernel does.
@@ -39,4 +40,5 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     copy_prefix: bool = True
     snapshot: bool = False
     exact_block: int = 1
+    exact_from: int = 0
     kernel: Literal["plain", "slow", "wide", "blurred", "broken"] = "plain"

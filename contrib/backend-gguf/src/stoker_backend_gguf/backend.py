@@ -18,7 +18,7 @@ from stoker_backend_gguf.native import (
     prepare_openmp,
 )
 from stoker_backend_gguf.options import GgufOptions
-from stoker_backend_gguf.passes import exact_block
+from stoker_backend_gguf.passes import TILES_FROM, exact_block
 from stoker_backend_gguf.runtime import GgufRuntime
 from stoker_backend_gguf.selftest import run_selftest
 from stoker_backend_gguf.tokenizer import GgufTokenizer
@@ -308,6 +308,7 @@ def _describe(
                 flash_attention=native.flash_attention,
                 n_ubatch=min(native.n_ubatch, native.n_batch),
             ),
+            exact_from=TILES_FROM,
             shares_kv=native.kv_unified,
         ),
         settings={
