@@ -71,7 +71,7 @@ contracts: $(VENV)/.dev
 	$(BIN)/lint-imports 2>&1 | tail -n +14
 
 fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not bench and not model and not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not bench and not model and not slow"
 
 check: lint types contracts fast
 

@@ -1,11 +1,13 @@
 """For all tests of the repository."""
 
+import functools
 import os
 import tempfile
 
 # Before any library brings OpenMP in: spinning threads on few cores make every step crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from httpx._transports import default as transports
 from hypothesis import settings
 
 # No example fails for taking long: the machine may be busy.
@@ -14,3 +16,6 @@ settings.load_profile("stoker")
 # No test may depend on, or leave behind, what `stoker tune` writes for the user.
 _data = tempfile.TemporaryDirectory(prefix="stoker-test-data-")
 os.environ["XDG_DATA_HOME"] = _data.name
+
+# Each httpx client reads the machine's certificate authorities anew, 20 ms a time; once is enough.
+transports.create_ssl_context = functools.cache(transports.create_ssl_context)

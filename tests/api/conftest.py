@@ -64,8 +64,12 @@ class Running:
             self.loop = runner.get_loop()
             runner.run(self._uvicorn.serve(sockets=[self._socket]))
 
-    def stop(self) -> None:
+    def start_stopping(self) -> None:
+        """Tell it to stop; several that are told at once stop side by side."""
         self._uvicorn.should_exit = True
+
+    def stop(self) -> None:
+        self.start_stopping()
         self._thread.join()
         self._socket.close()
         self.server.stop()
@@ -130,6 +134,8 @@ def start_server() -> Iterator[Callable[..., Running]]:
         return running[-1]
 
     yield start
+    for server in running:
+        server.start_stopping()
     for server in running:
         server.stop()
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import stoker
 from stoker_backend_gguf.passes import TILE_ROWS, exact_block, plan_passes
 
+pytestmark = pytest.mark.model
+
 TOKENS = np.random.default_rng(7).integers(100, 40_000, 400).tolist()
 
 
