@@ -215,7 +215,7 @@ class CacheConfig(Section, frozen=True, kw_only=True):
     isolation: Literal["none", "tenant"] = "none"
     insert_every: int = 64
     share_in_flight: bool = True
-    host_bytes: int = 0
+    host_bytes: int = 256 * 2**20
     disk_bytes: int = 0
     disk_path: str | None = None
     warm_up: list[str] = []

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoker.config import CacheConfig
 from stoker.engine.snapshot_disk import DiskUnavailableError, SnapshotDirectory
 from stoker.engine.snapshot_store import StoreLimits, TieredStore
 
 if TYPE_CHECKING:
-    from stoker.config import CacheConfig
     from stoker.interfaces import EvictionStrategy, RuntimeInfo
     from stoker.types import LocalModel
 
@@ -49,10 +49,13 @@ def build_store(
     if not (config.prefix_reuse and (config.host_bytes or config.disk_bytes)):
         return None
     if not info.capabilities.snapshot:
-        logger.warning(
-            "%s cannot make snapshots of its KV here: cache.host_bytes and cache.disk_bytes have no effect",
-            model.model_id,
-        )
+        # Host memory is used by default: nobody may have asked for it.
+        if config.disk_bytes or config.host_bytes != CacheConfig().host_bytes:
+            logger.warning(
+                "%s cannot make snapshots of its KV here: cache.host_bytes and cache.disk_bytes have no "
+                "effect",
+                model.model_id,
+            )
         return None
     fingerprint, directory, problem = "", None, ""
     if config.disk_bytes:

@@ -53,8 +53,8 @@ def build(
     return build_store(config, facts or info(), model, "b", LeastRecentlyUsed())
 
 
-def test_no_store_unless_one_is_asked_for(model: LocalModel) -> None:
-    assert build(CacheConfig(), model) is None
+def test_no_store_where_it_could_hold_nothing(model: LocalModel) -> None:
+    assert build(CacheConfig(host_bytes=0), model) is None
     assert build(CacheConfig(host_bytes=1, prefix_reuse=False), model) is None
 
 
