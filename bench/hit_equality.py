@@ -4,7 +4,7 @@
 
 Conversations of several turns with a shared system prompt arrive at random on the real model. Every turn's
 prompt is then computed once more by itself, from its first token, and the texts are compared: first one
-conversation at a time, so that only reuse can make a difference, then all at once, where batching can as well.
+conversation at a time, so that only reuse can make a difference, then all at once, where batching can, too.
 """
 
 from __future__ import annotations
