@@ -61,6 +61,8 @@ def send(
 def read_all(connection: socket.socket) -> tuple[int, str]:
     """Status and body of an answer, up to wherever the connection ends."""
     data = bytearray()
+    # A window that was kept small on purpose would let what the kernel still holds trickle for minutes.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     with connection, contextlib.suppress(ConnectionResetError):
         while chunk := connection.recv(1 << 16):
             data += chunk
