@@ -100,6 +100,10 @@ class Speculator:
         self._model = model
         self._drafter: Drafter | None = drafter
         self._max_tokens = config.max_draft_tokens
+        block = scheduler.lanes.blocks.block
+        if block > 1:
+            # With its pending token a draft is a piece that must stay shorter than a block.
+            self._max_tokens = min(self._max_tokens, block - 2)
         self._adaptive = config.adaptive
         self._vocab_size = info.vocab_size
         self._ends = info.end_token_ids
