@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from stoker.errors import ConfigError
 from stoker.types import LocalModel
@@ -157,8 +158,6 @@ def data_folder() -> Path:
 
 def this_machine() -> Machine:
     """The machine this process runs on, as far as this process may use it."""
-    import psutil  # noqa: PLC0415 - not needed by whoever has profiles switched off
-
     facts = _cpu_facts()
     known = facts.get("flags") or facts.get("Features") or ""
     try:

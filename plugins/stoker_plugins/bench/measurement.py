@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from stoker.errors import ConfigError
 from stoker_plugins.bench import scenarios
 from stoker_plugins.bench.document import document
 from stoker_plugins.bench.options import TargetSpec
@@ -55,8 +56,12 @@ class Measurement:
         with _status() as progress:
             is_interrupted = _run(self._measure(targets, results, progress))
         results = [each for each in results if any(each.rounds.values())]
-        if is_interrupted and not results:
-            return _INTERRUPTED
+        if not results:
+            if is_interrupted:
+                return _INTERRUPTED
+            raise ConfigError(
+                "nothing was sent: --max-seconds is shorter than the time to the first request"
+            )
         self._report(targets, results, started, is_interrupted=is_interrupted)
         if is_interrupted:
             return _INTERRUPTED

@@ -98,7 +98,7 @@ def prose(rng: random.Random, num_words: int) -> str:
 
 
 def poisson(rng: random.Random, rate: float) -> Iterator[float]:
-    """Arrival times of a Poisson process, in seconds: independent, exponential gaps.
+    """Arrival times of a Poisson process, in seconds since the first: independent, exponential gaps.
 
     Args:
         rng: Where the gaps come from.
@@ -106,8 +106,8 @@ def poisson(rng: random.Random, rate: float) -> Iterator[float]:
     """
     now_s = 0.0
     while True:
-        now_s += rng.expovariate(rate)
         yield now_s
+        now_s += rng.expovariate(rate)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,11 +37,14 @@ _NAMES = {number: name for name, number in _FILE_TYPES.items()}
 # What makes sense to turn a model into: types with kernels of their own on some CPU, good ones first.
 _TARGETS = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "bf16", "f16")
 _LOSSLESS = ("f32", "f16", "bf16")
-# Types for which llama.cpp has kernels that multiply whole tiles: by AMX, by weights repacked for AVX2,
-# AVX-512 or NEON (ggml-cpu/repack.cpp), or by tinyBLAS (llamafile/sgemm.cpp). The others multiply row by row.
+# Types for which llama.cpp has kernels that multiply whole tiles: by AMX (ggml-cpu/amx), by weights repacked
+# for AVX2, AVX-512 or NEON (repack.cpp), by tinyBLAS (llamafile/sgemm.cpp), or from 8 rows on by tiles of
+# K-quants (tiled/tiled.cpp). The others multiply row by row.
+_K_QUANTS = "q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k"
+_X86 = frozenset(f"{_K_QUANTS} q4_0 q8_0 q5_0 iq4_nl iq4_xs f32 f16 bf16".split())
 _TILED = {
-    "amx": frozenset("q4_0 q4_1 q8_0 q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_xs f16 bf16".split()),
-    "x86": frozenset("q4_0 q8_0 q4_k_s q4_k_m iq4_nl q5_0 f32 f16 bf16".split()),
+    "amx": _X86 | {"q4_1"},
+    "x86": _X86,
     "arm": frozenset("q4_0 q8_0 q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl f32 f16".split()),
 }
 
