@@ -21,7 +21,7 @@ CONTEXT = 4096
 MAX_STEP = 512
 
 
-def load(model: str | None, spin: int | None) -> object:
+def load(model: str | None, spin: int | None, **options: object) -> object:
     # Before llama.cpp, and with it OpenMP, is loaded.
     if spin is not None:
         os.environ["GOMP_SPINCOUNT"] = str(spin)
@@ -39,7 +39,7 @@ def load(model: str | None, spin: int | None) -> object:
         model = str(next(Path(spec.origin).parent.glob("*.gguf")))
     found = LocalModel(path=Path(model), model_id="model", reference=model)
     settings = LoadSettings(
-        lanes=LANES, context_length=CONTEXT, options=GgufOptions(self_test=False)
+        lanes=LANES, context_length=CONTEXT, options=GgufOptions(self_test=False, **options)
     )
     return GgufBackend().load(found, settings)
 

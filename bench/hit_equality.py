@@ -1,6 +1,6 @@
 """How many greedy texts a hit in the prefix cache changes: with ``exact``, without it, and with a crowd.
 
-    python bench/hit_equality.py [--model FILE.gguf] [--conversations 8] [--turns 3] [--seed 1]
+    python bench/hit_equality.py [--model FILE.gguf] [--conversations 8] [--turns 3] [--exact-kernels]
 
 Conversations of several turns with a shared system prompt arrive at random on the real model. Every turn's
 prompt is then computed once more by itself, from its first token, and the texts are compared: first one
@@ -90,8 +90,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--system", type=int, default=60, help="words of the shared system prompt")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--exact-kernels", action="store_true", help="see the option of that name")
     args = parser.parse_args()
-    runtime = load(args.model, None)
+    runtime = load(args.model, None, exact_kernels=args.exact_kernels)
     print(runtime.info.name, runtime.info.capabilities)
     for crowd in (False, True):
         for exact in (True, False):

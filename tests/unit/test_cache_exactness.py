@@ -76,8 +76,9 @@ class DictStore(SnapshotStore):
 class World:
     """An engine in which everything happens, and what must hold after each thing."""
 
-    def __init__(self, seed: int, block: int) -> None:
+    def __init__(self, seed: int, block: int, *, whole_tail: bool = False) -> None:
         self.dice = dice = random.Random(seed)
+        self.whole_tail = whole_tail
         lanes = dice.choice([2, 3, 5])
         self.runtime = ScriptedRuntime(
             lanes=lanes,
@@ -85,11 +86,13 @@ class World:
             max_step_tokens=64,
             options=ScriptedOptions(
                 exact_block=block,
-                exact_from=dice.choice([0, 0, 30]),
+                exact_from=0 if whole_tail else dice.choice([0, 0, 30]),
+                exact_tail="whole" if whole_tail else "any",
                 snapshot=dice.random() < 0.5,
                 copy_prefix=dice.random() < 0.8,
                 truncation=dice.choice(["any", "any", "any", "reset"]),
-                kv_capacity_tokens=dice.choice([None, 400, 700]),
+                # Preempted, it computes again in one piece what it had generated token by token.
+                kv_capacity_tokens=None if whole_tail else dice.choice([None, 400, 700]),
             ),
         )
         self.store = DictStore()
@@ -140,7 +143,7 @@ class World:
             )
         elif what == "abort" and self.requests:
             self.harness.abort(dice.choice(self.requests))
-        elif what == "preempt" and len(running) > 1:
+        elif what == "preempt" and len(running) > 1 and not self.whole_tail:
             self.harness.engine.scheduler.preempt(dice.choice(running), "policy")
         elif what == "clear":
             self.lanes.clear()
@@ -164,8 +167,9 @@ class World:
                 assert lanes._tree.depth(lane) == len(held)
             in_blocks = boundary if lanes.blocks.block > 1 else 0
             assert int(runtime._lengths[lane]) == len(held)
-            state = runtime.state_after(held.tolist(), in_blocks)
-            assert int(runtime._states[lane, len(held)]) == state, "a lane holds something else"
+            checked = held[:in_blocks] if self.whole_tail else held
+            state = runtime.state_after(checked.tolist(), in_blocks)
+            assert int(runtime._states[lane, len(checked)]) == state, "a lane holds something else"
             known = held[: lanes._tree.depth(lane)]
             assert not len(known) or lanes._tree.match(scope, known)[lane] == len(known)
         assert lanes.retained_tokens + lanes.used_tokens <= lanes.capacity_tokens
@@ -184,11 +188,11 @@ class World:
                 assert whole == text or (end.finish_reason == "abort" and whole.startswith(text))
 
 
-@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize(("block", "whole_tail"), [(1, False), (8, False), (8, True)])
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=25, deadline=None)
-def test_nothing_that_is_reused_changes_the_text(block: int, seed: int) -> None:
-    world = World(seed, block)
+def test_nothing_that_is_reused_changes_the_text(block: int, whole_tail: bool, seed: int) -> None:
+    world = World(seed, block, whole_tail=whole_tail)
     for _ in range(120):
         world.act()
     world.finish()
@@ -224,6 +228,22 @@ def test_a_prompt_is_reused_as_far_as_it_would_be_computed_in_the_same_kinds() -
     assert rule.usable(5, 0, 0) == 5
     assert rule.usable(5, 0, 8) == 0
     assert ExactBlocks(1).usable(13, 13, 20) == 13
+
+
+def test_where_every_shape_is_a_kind_of_its_own_only_blocks_are_reused() -> None:
+    rule = ExactBlocks(8, whole_tail=True)
+    assert [rule.boundary(n) for n in (1, 2, 9, 10, 16, 17, 18)] == [0, 0, 0, 8, 8, 8, 16]
+    assert rule.usable(20, 16, 16) == 16
+    runtime = ScriptedRuntime(lanes=2, options=ScriptedOptions(exact_block=8, exact_tail="whole"))
+    harness = EngineHarness(FirstComeFirstServed(), runtime=runtime)
+    told = "a question of twenty-seven"
+    first, again, more = chat(harness, told, told, told + " and on")
+    for request in (first, again, more):
+        want = runtime.expected_text(list(request.request.prompt_token_ids), 6)
+        assert request.text() == want
+    ends = [request.finish() for request in (again, more)]
+    cached = [end.usage.cached_tokens for end in ends if end is not None and end.usage is not None]
+    assert cached == [24, 24]
 
 
 def test_short_prompts_have_no_blocks_where_the_runtime_says_so() -> None:

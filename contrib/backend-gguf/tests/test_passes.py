@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stoker
-from stoker_backend_gguf.passes import TILE_ROWS, exact_block, plan_passes
+from stoker_backend_gguf.passes import plan_passes
 
 pytestmark = pytest.mark.model
 
@@ -24,11 +24,8 @@ def test_each_run_is_in_one_pass_of_runs_of_its_length(lengths, n_ubatch):
         assert len(runs) == 1 or len(runs) * lengths[runs[0]] <= n_ubatch
 
 
-def test_which_settings_have_tiles():
-    assert exact_block(("f16", "f16"), flash_attention="auto", n_ubatch=512) == TILE_ROWS
-    assert exact_block(("bf16", "bf16"), flash_attention="auto", n_ubatch=512) == 1
-    assert exact_block(("f16", "f16"), flash_attention="off", n_ubatch=512) == 1
-    assert exact_block(("f16", "f16"), flash_attention="auto", n_ubatch=32) == 1
+def test_runs_that_company_would_change_are_alone():
+    assert plan_passes([9, 1, 9, 1, 9], 64, [0]) == [[0], [2, 4], [1, 3]]
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ beginning is not. A runtime may promise a block length B (``Capabilities.exact_b
 *kinds* of pieces are each self-consistent: whole blocks of B tokens at multiples of B, and pieces shorter
 than B. Here every prompt is computed in the same way: its whole blocks as blocks; what remains, and all
 that is generated, in shorter pieces. Then a prefix can be reused as far as the newcomer would compute the
-same kinds.
+same kinds. Where not even shorter pieces are alike (``Capabilities.exact_tail``), what remains after the
+blocks is computed in one piece, and only blocks are ever reused.
 """
 
 from __future__ import annotations
@@ -26,15 +27,20 @@ class ExactBlocks:
     Args:
         block: Tokens of a block; 1 if any cut gives the same bits, or if nobody asks for that.
         start: Shorter prompts have no blocks.
+        whole_tail: What follows a prompt's last block must be computed in one piece. It has two rows at least
+            (one row is what a runtime computes like a decode), and so one more than a block at most.
     """
 
-    def __init__(self, block: int = 1, start: int = 0) -> None:
+    def __init__(self, block: int = 1, start: int = 0, *, whole_tail: bool = False) -> None:
         self.block = block
         self.start = start
+        self.whole_tail = whole_tail and block > 1
 
     def boundary(self, num_prompt: int) -> int:
         """How many of a prompt's tokens are computed as whole blocks."""
-        return num_prompt - num_prompt % self.block if num_prompt >= self.start else 0
+        if num_prompt < self.start:
+            return 0
+        return self._down(max(0, num_prompt - 2) if self.whole_tail else num_prompt)
 
     def reusable(self, sequence: Sequence) -> int:
         """How many of a sequence's first tokens may come from somebody else's KV at most.
@@ -44,6 +50,8 @@ class ExactBlocks:
         like a decode.
         """
         num_tokens = sequence.num_tokens
+        if self.whole_tail:
+            return self.boundary(sequence.num_prompt)
         if self.block > 1 and num_tokens - self.boundary(sequence.num_prompt) > 1:
             return num_tokens - 2
         return num_tokens - 1
@@ -56,13 +64,16 @@ class ExactBlocks:
             theirs: The source's boundary: how many of its first tokens are whole blocks.
             own: The newcomer's.
         """
-        if self.block == 1 or (theirs == own and shared >= own):
+        if self.block == 1 or (theirs == own and shared >= own and not self.whole_tail):
             return shared
         return self._down(min(shared, theirs, own))
 
-    def kept(self, num_tokens: int, own: int) -> int:
+    def kept(self, num_tokens: int, sequence: Sequence) -> int:
         """How many of so many first tokens, of the right kinds, a sequence can go on from."""
-        return num_tokens if num_tokens >= own else self._down(num_tokens)
+        own = self.boundary(sequence.num_prompt)
+        if num_tokens < own:
+            return self._down(num_tokens)
+        return own if self.whole_tail and num_tokens < sequence.num_prompt else num_tokens
 
     def piece(self, sequence: Sequence, count: int) -> int:
         """The longest piece of at most ``count`` pending tokens, or the shortest one that is allowed."""
@@ -71,6 +82,8 @@ class ExactBlocks:
         left = self.boundary(sequence.num_prompt) - sequence.num_computed
         if left > 0:
             return max(self.block, self._down(min(count, left)))
+        if self.whole_tail and (tail := sequence.num_prompt - sequence.num_computed) > 0:
+            return tail
         return min(count, sequence.num_pending, self.block - 1)
 
     def fit(self, shares: dict[int, int], prefilling: Iterable[Sequence]) -> dict[int, int]:
@@ -84,7 +97,7 @@ class ExactBlocks:
             prefilling: The sequences.
 
         Returns:
-            The same keys; together no more tokens than before, or a single block.
+            The same keys; together no more tokens than before, or a single block or tail.
         """
         if self.block == 1:
             return shares

@@ -252,13 +252,14 @@ def _blocks(runtime: Runtime, config: CacheConfig) -> ExactBlocks:
     """The rule that prompts are cut by."""
     info = runtime.info
     block = info.capabilities.exact_block if config.exact else 1
-    if block > max(1, info.max_step_tokens - info.num_lanes):
+    whole_tail = info.capabilities.exact_tail == "whole"
+    if block + whole_tail > max(1 + whole_tail, info.max_step_tokens - info.num_lanes):
         logger.warning(
             "exact prefix reuse of %s needs steps of at least %d tokens, and they have %d: the text of "
             "a prompt may depend on whether its prefix was cached; raise scheduler.max_num_batched_tokens",
             info.name,
-            block + info.num_lanes,
+            block + whole_tail + info.num_lanes,
             info.max_step_tokens,
         )
         block = 1
-    return ExactBlocks(block, info.capabilities.exact_from)
+    return ExactBlocks(block, info.capabilities.exact_from, whole_tail=whole_tail)

@@ -261,7 +261,6 @@ class LanePool(LaneMemory):
             Tokens that it holds now; ``None`` if the runtime failed and the lane cannot be used.
         """
         lane, wanted = choice.lane, choice.num_tokens
-        own = self.blocks.boundary(sequence.num_prompt)
         self._history.pop(lane, None)
         if choice.stored is not None and choice.way is Way.RESTORE:
             kept = self._restore(choice.stored, lane, wanted)
@@ -272,7 +271,7 @@ class LanePool(LaneMemory):
         else:
             kept = self._copy(choice.source, lane, wanted)
         # Less than was asked for may be a length that this sequence cannot go on from.
-        while kept and kept != (legal := self.blocks.kept(kept, own)):
+        while kept and kept != (legal := self.blocks.kept(kept, sequence)):
             kept = self._truncate(lane, legal)
         return kept
 
@@ -358,8 +357,7 @@ class LanePool(LaneMemory):
         """
         lane = sequence.lane
         kept = self._truncate(lane, sequence.num_computed)
-        own = self.blocks.boundary(sequence.num_prompt)
-        while kept and kept != (legal := self.blocks.kept(kept, own)):
+        while kept and kept != (legal := self.blocks.kept(kept, sequence)):
             kept = self._truncate(lane, legal)
         if kept is None:
             self._unknown.discard(lane)  # it is not idle yet

@@ -45,6 +45,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         exact_from: Prompts of fewer tokens than this have no whole blocks in that sense and are computed in
             pieces shorter than B throughout, so that all of their KV, and that of their answers, is of one
             kind: for runtimes where blocks pay for long prompts only.
+        exact_tail: ``"any"``: as above. ``"whole"``: pieces that are no whole blocks differ from each other,
+            too, so (2) holds only for what follows a prompt's last whole block as one piece, of 2 to B + 1
+            tokens, and for generated tokens one by one.
         shares_kv: ``copy_prefix`` shares memory instead of copying it; a copied token takes no room.
         lane_locality: Steps over neighbouring lanes are quicker than steps over scattered ones.
     """
@@ -55,6 +58,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     embed: bool = False
     exact_block: int = 1
     exact_from: int = 0
+    exact_tail: Literal["any", "whole"] = "any"
     shares_kv: bool = False
     lane_locality: bool = False
 

@@ -133,6 +133,7 @@ class ScriptedRuntime(Runtime):
                 snapshot=options.snapshot,
                 exact_block=options.exact_block,
                 exact_from=options.exact_from,
+                exact_tail=options.exact_tail,
             ),
             settings={"kind": "deterministic test model"}
             | ({"kernel": options.kernel} if options.kernel != "plain" else {}),
@@ -203,7 +204,7 @@ class ScriptedRuntime(Runtime):
     def _kind(self, first: int, length: int) -> int:
         """What a piece's place and length do to its tokens' KV: nothing if it is shorter than a block."""
         block = self.options.exact_block
-        if length < block or block == 1:
+        if block == 1 or length < (block if self.options.exact_tail == "any" else 2):
             return 0
         if first % block == 0 and length % block == 0:
             return _WHOLE_BLOCK
@@ -265,8 +266,10 @@ class ScriptedRuntime(Runtime):
         """What this model writes after a prompt: the truth that tests compare with."""
         block = self.options.exact_block
         has_blocks = block > 1 and len(prompt) >= self.options.exact_from
-        in_blocks = len(prompt) - len(prompt) % block if has_blocks else 0
-        state = np.array([self.state_after(prompt, in_blocks)], np.uint64)
+        least_tail = 2 if self.options.exact_tail == "whole" else 0
+        in_blocks = max(0, len(prompt) - least_tail) // block * block if has_blocks else 0
+        tail = self._kind(in_blocks, len(prompt) - in_blocks) if least_tail else 0
+        state = np.array([self.state_after(prompt, in_blocks, tail)], np.uint64)
         period, text = self.options.period, list(prompt)
         for _ in range(num_tokens):
             before = text[-period] if 0 < period <= len(text) else -1
@@ -279,11 +282,11 @@ class ScriptedRuntime(Runtime):
         return self.tokenizer.decode(text[len(prompt) :])
 
     @staticmethod
-    def state_after(tokens: list[int], num_in_blocks: int) -> int:
-        """What a lane holds after ``tokens``, of which the first ones were computed as whole blocks."""
+    def state_after(tokens: list[int], num_in_blocks: int, others: int = 0) -> int:
+        """What a lane holds after tokens, the first ones computed as whole blocks, the others of a kind."""
         state = 0
         for at, token in enumerate(tokens):
-            state = _mix_one(state, token ^ (_WHOLE_BLOCK if at < num_in_blocks else 0))
+            state = _mix_one(state, token ^ (_WHOLE_BLOCK if at < num_in_blocks else others))
         return state
 
 

@@ -25,6 +25,8 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         exact_block: As in ``Capabilities``; above 1 a token's KV really depends on the piece that it is
             computed in: a whole block, less than one, or anything else.
         exact_from: As in ``Capabilities``.
+        exact_tail: As in ``Capabilities``; with ``whole``, pieces of more than one token that are no whole
+            blocks all differ.
         kernel: How it computes, for tuners to choose: ``wide`` takes half of ``step_s`` and ``token_s``,
             ``slow`` twice as long, ``blurred`` a quarter and is less sure of its tokens, and ``broken``
             kills the process as a miscompiled kernel does.
@@ -41,4 +43,5 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     snapshot: bool = False
     exact_block: int = 1
     exact_from: int = 0
+    exact_tail: Literal["any", "whole"] = "any"
     kernel: Literal["plain", "slow", "wide", "blurred", "broken"] = "plain"

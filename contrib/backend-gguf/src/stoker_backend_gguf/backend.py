@@ -11,14 +11,15 @@ import msgspec
 import stoker
 from stoker_backend_gguf import machine, tuning
 from stoker_backend_gguf.gguf_header import MAGIC, GgufHeader, check_files
+from stoker_backend_gguf.kernels import describe_exactness
 from stoker_backend_gguf.native import (
     NativeContext,
     NativeModel,
     NativeSettings,
     prepare_openmp,
+    prepare_tiles,
 )
 from stoker_backend_gguf.options import GgufOptions
-from stoker_backend_gguf.passes import TILES_FROM, exact_block
 from stoker_backend_gguf.runtime import GgufRuntime
 from stoker_backend_gguf.selftest import run_selftest
 from stoker_backend_gguf.tokenizer import GgufTokenizer
@@ -91,11 +92,12 @@ class GgufBackend(stoker.Backend):
         wait_policy, openmp_warning = prepare_openmp(
             options.omp_wait_policy, options.omp_spin_count
         )
-        warnings = [*plan.warnings, *([openmp_warning] if openmp_warning else [])]
+        found = (openmp_warning, prepare_tiles(exact=options.exact_kernels))
+        warnings = [*plan.warnings, *(warning for warning in found if warning)]
         native = plan.native
         if options.self_test:
-            native, found = _try_out(path, native)
-            warnings += found
+            native, tried = _try_out(path, native)
+            warnings += tried
         with contextlib.ExitStack() as on_failure:
             weights = NativeModel(path, native)
             on_failure.callback(weights.close)
@@ -204,7 +206,8 @@ def _make_plan(
         use_mmap=options.use_mmap,
         use_mlock=options.use_mlock,
         gpu_layers=options.gpu_layers,
-        use_extra_buffers=options.use_extra_buffers,
+        use_extra_buffers=options.use_extra_buffers and not options.exact_kernels,
+        exact_kernels=options.exact_kernels,
     )
     return _Plan(
         native=native,
@@ -280,6 +283,7 @@ def _describe(
     stateful = lib.llama_model_is_recurrent(pointer) or lib.llama_model_is_hybrid(pointer)
     sliding = lib.llama_model_n_swa(pointer) > 0
     exact = not stateful and (native.swa_full or not sliding)
+    exactness = describe_exactness(header.tensor_types, native, on_gpu=weights.on_gpu)
     return stoker.RuntimeInfo(
         name=str(header.metadata.get("general.name") or header.architecture or model.model_id),
         vocab_size=tokenizer.vocab_size,
@@ -300,15 +304,9 @@ def _describe(
             # llama.cpp writes no more than the window of such layers: too little to truncate later.
             snapshot=not (exact and sliding),
             lane_locality=not native.kv_unified,
-            # Rows of unified KV see the cells of all lanes, in an order that depends on who came when.
-            exact_block=1
-            if native.kv_unified or weights.on_gpu
-            else exact_block(
-                (native.kv_type_k, native.kv_type_v),
-                flash_attention=native.flash_attention,
-                n_ubatch=min(native.n_ubatch, native.n_batch),
-            ),
-            exact_from=TILES_FROM,
+            exact_block=exactness.block,
+            exact_from=exactness.start,
+            exact_tail="any" if exactness.any_tail else "whole",
             shares_kv=native.kv_unified,
         ),
         settings={
@@ -321,6 +319,7 @@ def _describe(
             "n_ubatch": str(min(native.n_ubatch, native.n_batch)),
             "flash_attention": native.flash_attention,
             "extra_buffers": "on" if native.use_extra_buffers else "off",
+            "kernels": "exact" if native.exact_kernels else "fast",
             "gpu_layers": str(native.gpu_layers if native.gpu_layers is not None else -1)
             if weights.on_gpu
             else "0",

@@ -6,6 +6,7 @@ each tensor; padding; the tensors' data. See docs/gguf.md in the repository of g
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import re
 import struct
@@ -48,12 +49,14 @@ class GgufHeader:
         metadata: Scalars, strings, and short arrays of numbers (as tuples) by key; other arrays are
             left out.
         num_tensors: Tensors in this file.
+        tensor_types: Their types, as ggml numbers them.
         data_bytes: Bytes of tensor data in this file.
         expected_bytes: Least size of the file for all tensors to be whole.
     """
 
     metadata: dict[str, Any]
     num_tensors: int
+    tensor_types: frozenset[int]
     data_bytes: int
     expected_bytes: int
 
@@ -152,7 +155,7 @@ def check_files(path: Path) -> tuple[GgufHeader, int]:
     """Check a model's file, and its other parts if it is split.
 
     Returns:
-        The (first) file's header and the bytes of tensor data in all files.
+        The (first) file's header, with the tensor types of all files, and the bytes of tensor data in them.
 
     Raises:
         ModelError: As ``read_header``; also if a part is missing or ``path`` is not the first part.
@@ -179,7 +182,10 @@ def check_files(path: Path) -> tuple[GgufHeader, int]:
         raise ModelError(f"{path} is one of {count} parts; missing: {', '.join(missing)}")
     if int(match["number"]) != 1:
         raise ModelError(f"{path} is not the first part of the model; name {parts[0].name}")
-    return header, total + sum(read_header(part).data_bytes for part in parts[1:])
+    others = [read_header(part) for part in parts[1:]]
+    types = header.tensor_types.union(*(other.tensor_types for other in others))
+    whole = dataclasses.replace(header, tensor_types=types)
+    return whole, total + sum(other.data_bytes for other in others)
 
 
 def _check_start(path: Path, start: bytes) -> None:
@@ -198,7 +204,7 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     reader = _Reader(data)
     reader.at = 8
     metadata: dict[str, Any] = {}
-    end = 0
+    end, types = 0, set()
     try:
         num_tensors, num_pairs = reader.number("Q"), reader.number("Q")
         for _ in range(num_pairs):
@@ -207,7 +213,9 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
             if value is not None:
                 metadata[key] = value
         for _ in range(num_tensors):
-            end = max(end, _tensor_end(reader))
+            kind, tensor_end = _tensor(reader)
+            types.add(kind)
+            end = max(end, tensor_end)
     except struct.error as error:
         raise ModelError(
             f"{path} is truncated or corrupt: its header runs past the end of the file "
@@ -221,12 +229,16 @@ def _parse(path: Path, data: mmap.mmap) -> GgufHeader:
     start = -(-reader.at // alignment) * alignment
     expected = start + end if num_tensors else reader.at
     return GgufHeader(
-        metadata=metadata, num_tensors=num_tensors, data_bytes=end, expected_bytes=expected
+        metadata=metadata,
+        num_tensors=num_tensors,
+        tensor_types=frozenset(types),
+        data_bytes=end,
+        expected_bytes=expected,
     )
 
 
-def _tensor_end(reader: _Reader) -> int:
-    """Where the data of the tensor described next ends, from the start of the tensor data."""
+def _tensor(reader: _Reader) -> tuple[int, int]:
+    """The type of the tensor described next, and where its data ends, from the start of the tensor data."""
     name = reader.string()
     num_dims = reader.number("I")
     if num_dims > _MAX_DIMS:
@@ -237,4 +249,4 @@ def _tensor_end(reader: _Reader) -> int:
     kind, offset = reader.number("I"), reader.number("Q")
     # Of a type that this table does not know yet, the start is all that can be checked.
     block, size = TENSOR_TYPES.get(kind, (1, 0))
-    return int(offset + -(-elements // block) * size)
+    return kind, int(offset + -(-elements // block) * size)

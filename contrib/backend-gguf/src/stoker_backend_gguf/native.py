@@ -46,6 +46,7 @@ _LOAD_MODES = {
 }
 _LOG_ERROR, _LOG_CONTINUED = 4, 5
 # A few microseconds: most waits within a step are shorter, and a thread that lost its core is not waited for.
+_TILES = "GGML_CPU_TILED_MM"
 _SPIN_COUNT = 300
 
 _lock = threading.Lock()
@@ -90,6 +91,25 @@ class NativeSettings(msgspec.Struct, frozen=True, kw_only=True):
     use_mlock: bool
     gpu_layers: int | None
     use_extra_buffers: bool
+    exact_kernels: bool = False
+
+
+def prepare_tiles(*, exact: bool) -> str | None:
+    """Switch ggml's tiles of K-quants off, or leave them on; that holds for the whole process.
+
+    Returns:
+        A warning if it came too late, because another model has computed already.
+    """
+    if "exact" not in _state and _TILES in os.environ:
+        return None  # the user has decided
+    if _state.setdefault("exact", exact) == exact:
+        if exact:
+            os.environ[_TILES] = "0"
+        return None
+    return (
+        "exact_kernels holds for a whole process, and another model was loaded before with the other "
+        "setting: set it in [plugins.gguf], for all"
+    )
 
 
 def prepare_openmp(

@@ -35,6 +35,9 @@ class GgufOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         use_mlock: Lock the weights into memory.
         gpu_layers: Layers on a GPU, -1 for all; by default all if this build of llama.cpp has a GPU.
         use_extra_buffers: Repack weights for the CPU's matrix instructions (AMX and the like).
+        exact_kernels: Only kernels that give a row the same bits however many rows they compute at once, so
+            that no text depends on what else runs: no repacked weights, and K-quants row by row, which
+            is slower. Matters for K-quants and IQ types only.
         self_test: Let a child process compute two steps before this process loads the model, because
             a miscompiled kernel kills the process that runs it.
         omp_wait_policy: What OpenMP's threads do while they wait. ``passive`` sleeps and survives
@@ -58,6 +61,7 @@ class GgufOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     use_mlock: bool = False
     gpu_layers: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     use_extra_buffers: bool = True
+    exact_kernels: bool = False
     self_test: bool = True
     omp_wait_policy: Literal["passive", "active", "default"] = "passive"
     omp_spin_count: Annotated[int, msgspec.Meta(ge=0)] | None = None

@@ -98,7 +98,10 @@ class GgufRuntime(Runtime):
 
         passes = [list(range(len(lanes)))]
         if not self._unified and self._exact:
-            passes = plan_passes((ends - firsts).tolist(), self._n_ubatch)
+            lengths = ends - firsts
+            passes = plan_passes(
+                lengths.tolist(), self._n_ubatch, self._tails(step, starts, lengths)
+            )
         if len(passes) == 1:
             logits = self._pass(step, lanes, ends)
         else:
@@ -106,6 +109,17 @@ class GgufRuntime(Runtime):
         if logits is None:
             return StepOutput(logits=self._no_logits, no_room=True)
         return StepOutput(logits=logits)
+
+    def _tails(
+        self, step: StepInput, starts: NDArray[np.intp], lengths: NDArray[np.int32]
+    ) -> list[int]:
+        """Runs that give the same bits only by themselves: ends of prompts, where company changes kernels."""
+        if self.info.capabilities.exact_tail == "any":
+            return []
+        # More than one row, no whole blocks; and more than one row of logits means a draft.
+        is_tail = (lengths > 1) & (lengths % self.info.capabilities.exact_block != 0)
+        is_tail &= np.add.reduceat(step.wants_logits.astype(np.int32), starts) <= 1
+        return np.flatnonzero(is_tail).tolist()
 
     def truncate(self, lane: int, num_tokens: int) -> int:
         """Keep the first ``num_tokens`` tokens of a lane; where that is impossible, keep none.
