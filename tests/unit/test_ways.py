@@ -67,8 +67,10 @@ def test_a_snapshot_is_restored_where_that_is_cheaper(restore: float, way: Way) 
     measured = costs(restore=restore)
     best = choose([EMPTY], [], measured)
     assert restoring(best, [EMPTY], stored, 900, measured).way is way
-    assert measured.is_worth_storing(1000) is (way is Way.RESTORE)
-    assert not measured.is_worth_storing(10)
+    assert measured.is_worth_storing(1000, 1000) is (way is Way.RESTORE)
+    assert not measured.is_worth_storing(10, 10)
+    assert not measured.is_worth_storing(1000, 10)
+    assert not measured.is_worth_storing(1000, 1000, chance=0.0)
 
 
 def test_costs_are_learned() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import struct
 import subprocess
 import sys
@@ -238,50 +236,6 @@ def test_how_a_child_ends(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------- environment, log, machine
-
-
-def test_openmp_is_told_to_sleep_before_the_library_loads():
-    code = (
-        "import json, os, sys\n"
-        "from stoker_backend_gguf import native\n"
-        "first = native.prepare_openmp('passive')\n"
-        "native.library()\n"
-        "print(json.dumps([first, native.prepare_openmp('passive'), os.environ['OMP_WAIT_POLICY']]))"
-    )
-    environment = {
-        k: v for k, v in os.environ.items() if k not in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-    }
-
-    def run(code: str, **more: str) -> list[object]:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**environment, **more},
-            capture_output=True,
-            check=True,
-            text=True,
-        )
-        return json.loads(done.stdout)
-
-    assert run(code) == [["passive", None], ["passive", None], "passive"]
-    assert run(code, OMP_WAIT_POLICY="ACTIVE") == [["active", None], ["active", None], "ACTIVE"]
-    spinning = (
-        "import json, os\n"
-        "from stoker_backend_gguf import native\n"
-        "native.prepare_openmp('passive', 300)\n"
-        "print(json.dumps(os.environ['GOMP_SPINCOUNT']))"
-    )
-    assert run(spinning) == "300"
-    assert run(spinning.replace(", 300", "")) == "300"
-    assert run(spinning.replace("300", "0")) == "0"
-    assert run(spinning, GOMP_SPINCOUNT="7") == "7"
-    late = (
-        "import json, llama_cpp\n"
-        "from stoker_backend_gguf import native\n"
-        "print(json.dumps(native.prepare_openmp('passive')))"
-    )
-    policy, warning = run(late)
-    assert policy == "default"
-    assert "OMP_WAIT_POLICY=PASSIVE" in str(warning)
 
 
 @pytest.mark.model

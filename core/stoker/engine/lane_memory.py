@@ -218,7 +218,7 @@ class LaneMemory:
         if reason not in ("ttl", "cleared"):
             holders = self._tree.match(kept.scope, kept.tokens)
             elsewhere = max((n for at, n in holders.items() if at != lane), default=0)
-            stored = elsewhere < len(kept.tokens) and self._tier.save(lane, kept)
+            stored = elsewhere < len(kept.tokens) and self._tier.save(lane, kept, elsewhere)
         pin = self.retention.order(self._busy()).get(lane, 0) if self.retention.pins else 0
         self.retention.count(
             kept, reason, len(kept.tokens) - num_kept, stored=stored, pin=pin > num_kept

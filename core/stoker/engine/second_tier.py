@@ -20,6 +20,9 @@ logger = logging.getLogger("stoker.cache")
 
 _EXPIRE_EVERY_S = 1.0
 _MAX_PATIENCE_S = 2.0  # for the disk, while nothing else is to be done
+_MEMORY = 64.0  # about how many snapshots are remembered when the chance of their use is estimated
+_PRIOR_WEIGHT, _PRIOR = 4.0, 0.5
+_TRY_EVERY = 16  # of what does not seem worth it, or nobody would notice when it is again
 
 T = TypeVar("T")
 
@@ -49,6 +52,9 @@ class SecondTier:
         self._costs = costs
         self._clock = clock
         self._expired_s = clock()
+        self._num_made = 0.0  # lately
+        self._num_used = 0.0
+        self._num_declined = 0
         self.num_errors = 0
 
     def entries(self) -> list[CacheEntry]:
@@ -87,20 +93,41 @@ class SecondTier:
     ) -> StoredPrefix | None:
         return self._guarded("match", lambda: store.match(tokens, scope), None)
 
-    def save(self, lane: int, kept: Kept) -> bool:
-        """Store what a lane keeps, if restoring it will be cheaper than computing it; whether it is."""
+    def save(self, lane: int, kept: Kept, num_elsewhere: int) -> bool:
+        """Store what a lane keeps, if that is worth its while; whether it is there afterwards.
+
+        Args:
+            lane: The lane.
+            kept: What it keeps.
+            num_elsewhere: How many of its first tokens another lane holds, too.
+        """
         store, tokens = self._store, kept.tokens
-        if store is None or not self._costs.is_worth_storing(len(tokens)):
+        if store is None:
             return False
+        if not self._costs.is_worth_storing(
+            len(tokens), len(tokens) - num_elsewhere, self._chance()
+        ):
+            if not self._costs.is_worth_storing(len(tokens), len(tokens) - num_elsewhere):
+                return False
+            self._num_declined += 1
+            if self._num_declined % _TRY_EVERY:
+                return False
         there = self._find(store, tokens, kept.scope)
         if there is not None and there.num_shared >= len(tokens):
             return True
         return self._guarded("put", lambda: self._save(store, lane, kept), False)
 
+    def _chance(self) -> float:
+        """How often a snapshot of lately was restored: conversations go on, single questions do not."""
+        return (self._num_used + _PRIOR_WEIGHT * _PRIOR) / (self._num_made + _PRIOR_WEIGHT)
+
     def _save(self, store: SnapshotStore, lane: int, kept: Kept) -> bool:
         started_s = self._clock()
         snapshot = self._runtime.snapshot(lane)
         self._costs.snapshot.observe(len(kept.tokens), self._clock() - started_s)
+        fade = 1.0 - 1.0 / _MEMORY
+        self._num_made = fade * self._num_made + 1.0
+        self._num_used *= fade
         worth_s = self._costs.prefill_s * len(kept.tokens)
         return bool(
             store.put(kept.tokens, kept.scope, kept.tenant, snapshot, worth_s, kept.num_block)
@@ -127,6 +154,7 @@ class SecondTier:
         if held != stored.num_tokens:
             raise ValueError(f"a snapshot of {stored.num_tokens} tokens restored {held}")
         self._costs.restore.observe(held, self._clock() - started_s)
+        self._num_used += 1.0
         return held
 
     def clear(self) -> int:

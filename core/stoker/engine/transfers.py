@@ -72,10 +72,16 @@ class TransferCosts:
         """A restore of so many tokens, in tokens of prefill."""
         return _FIXED_TOKENS + self._in_tokens(self.restore, _RESTORE_GUESS) * num_tokens
 
-    def is_worth_storing(self, num_tokens: int) -> bool:
-        """Whether to make a snapshot and restore it later is cheaper than to compute so many tokens."""
-        snapshot = self._in_tokens(self.snapshot, _RESTORE_GUESS) * num_tokens
-        return snapshot + self.restore_tokens(num_tokens) < num_tokens
+    def is_worth_storing(self, num_tokens: int, num_lost: int, chance: float = 1.0) -> bool:
+        """Whether a snapshot costs less than it is expected to save.
+
+        Args:
+            num_tokens: Tokens of the snapshot.
+            num_lost: How many of them would have to be computed again without it.
+            chance: How often it will be restored.
+        """
+        saved = num_lost - self.restore_tokens(num_tokens)
+        return self._in_tokens(self.snapshot, _RESTORE_GUESS) * num_tokens < chance * saved
 
     def _in_tokens(self, mean: Mean, guess: float) -> float:
         prefill_s = self.prefill_s

@@ -16,13 +16,13 @@ from stoker_backend_gguf.native import (
     NativeContext,
     NativeModel,
     NativeSettings,
-    prepare_openmp,
     prepare_tiles,
 )
 from stoker_backend_gguf.options import GgufOptions
 from stoker_backend_gguf.runtime import GgufRuntime
 from stoker_backend_gguf.selftest import run_selftest
 from stoker_backend_gguf.tokenizer import GgufTokenizer
+from stoker_backend_gguf.waiting import prepare_openmp, spin_control
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -119,6 +119,7 @@ class GgufBackend(stoker.Backend):
                 unified=native.kv_unified,
                 window=window,
                 n_ubatch=min(native.n_ubatch, native.n_batch),
+                spin_control=spin_control(),
             )
             on_failure.pop_all()
         return runtime

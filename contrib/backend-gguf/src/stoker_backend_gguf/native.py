@@ -9,7 +9,6 @@ import collections
 import importlib.util
 import logging
 import os
-import sys
 import threading
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ __all__ = [
     "NativeSettings",
     "library",
     "library_folder",
-    "prepare_openmp",
+    "prepare_tiles",
     "take_errors",
 ]
 
@@ -45,9 +44,7 @@ _LOAD_MODES = {
     (True, True): "LLAMA_LOAD_MODE_MMAP_MLOCK",
 }
 _LOG_ERROR, _LOG_CONTINUED = 4, 5
-# A few microseconds: most waits within a step are shorter, and a thread that lost its core is not waited for.
 _TILES = "GGML_CPU_TILED_MM"
-_SPIN_COUNT = 300
 
 _lock = threading.Lock()
 _errors: collections.deque[str] = collections.deque(maxlen=8)
@@ -112,35 +109,6 @@ def prepare_tiles(*, exact: bool) -> str | None:
     )
 
 
-def prepare_openmp(
-    policy: Literal["passive", "active", "default"], spin_count: int | None = None
-) -> tuple[str, str | None]:
-    """Set how OpenMP's threads wait, before the library that reads it is loaded.
-
-    A spinning wait makes a step a hundred times slower as soon as anything else runs on the cores.
-    libgomp can also spin for a bounded number of rounds before it sleeps (``GOMP_SPINCOUNT``).
-
-    Returns:
-        The policy in effect, and a warning if it came too late.
-    """
-    current = os.environ.get("OMP_WAIT_POLICY")
-    if current is not None:
-        return current.lower(), None
-    if policy == "default":
-        return "default", None
-    if not _state and not _libgomp_loaded():
-        os.environ["OMP_WAIT_POLICY"] = policy
-        if spin_count is None and policy == "passive":
-            spin_count = _SPIN_COUNT
-        if spin_count is not None:
-            os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count))
-        return policy, None
-    return "default", (
-        "OpenMP was loaded before the gguf backend, so its wait policy could not be set and steps may "
-        f"become very slow beside other work: set OMP_WAIT_POLICY={policy.upper()} in the environment."
-    )
-
-
 def library() -> Any:
     """The module of llama.cpp's C functions, loaded and initialised once for the process.
 
@@ -195,17 +163,6 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
     logger.debug("%s", line)
     if line:
         _errors.append(line)
-
-
-def _libgomp_loaded() -> bool:
-    if "llama_cpp" in sys.modules:
-        return True
-    try:
-        return "/libgomp.so" in Path("/proc/self/maps").read_text(
-            encoding="utf-8", errors="replace"
-        )
-    except OSError:
-        return False
 
 
 class NativeModel:

@@ -40,11 +40,13 @@ class GgufOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             is slower. Matters for K-quants and IQ types only.
         self_test: Let a child process compute two steps before this process loads the model, because
             a miscompiled kernel kills the process that runs it.
-        omp_wait_policy: What OpenMP's threads do while they wait. ``passive`` sleeps and survives
-            company on its cores; ``active`` spins, which is faster if nothing else runs; ``default``
-            leaves it to the library. ``OMP_WAIT_POLICY`` in the environment wins.
-        omp_spin_count: Rounds that libgomp's threads spin before they sleep; by default 300 while
-            waiting is passive, a few microseconds. ``GOMP_SPINCOUNT`` in the environment wins.
+        omp_wait_policy: What OpenMP's threads do while they wait. ``adaptive`` spins while they are alone on
+            their cores and sleeps while they are not; ``passive`` sleeps after a few microseconds, and
+            survives company as well; ``active`` spins, and does not; ``default`` leaves it to the
+            library. ``OMP_WAIT_POLICY`` in the environment wins.
+        omp_spin_count: Rounds that libgomp's threads spin before they sleep; by default 10,000 if adaptive,
+            which is while they are alone, and 300 if passive, a few microseconds. ``GOMP_SPINCOUNT`` in
+            the environment wins.
         check_memory: Refuse a model whose weights and KV memory exceed the memory that is free.
     """
 
@@ -63,6 +65,6 @@ class GgufOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     use_extra_buffers: bool = True
     exact_kernels: bool = False
     self_test: bool = True
-    omp_wait_policy: Literal["passive", "active", "default"] = "passive"
+    omp_wait_policy: Literal["adaptive", "passive", "active", "default"] = "adaptive"
     omp_spin_count: Annotated[int, msgspec.Meta(ge=0)] | None = None
     check_memory: bool = True

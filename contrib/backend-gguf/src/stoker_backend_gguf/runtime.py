@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from stoker_backend_gguf.native import NativeContext, NativeModel
     from stoker_backend_gguf.tokenizer import GgufTokenizer
+    from stoker_backend_gguf.waiting import SpinControl
 
 __all__ = ["GgufRuntime"]
 
@@ -43,6 +44,7 @@ class GgufRuntime(Runtime):
         unified: One KV memory for all lanes.
         window: Tokens that a sliding-window layer keeps, if it does not keep all; else 0.
         n_ubatch: Most tokens that llama.cpp computes at once.
+        spin_control: Told of every step.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class GgufRuntime(Runtime):
         unified: bool,
         window: int,
         n_ubatch: int,
+        spin_control: SpinControl | None = None,
     ) -> None:
         self.info = info
         self.tokenizer: GgufTokenizer = tokenizer
@@ -69,6 +72,7 @@ class GgufRuntime(Runtime):
         self._batch = Batch(model.lib, model.lib.llama_n_batch(context.pointer), info.num_lanes)
         self._gathered = np.empty((0, info.vocab_size), np.float32)
         self._n_ubatch = n_ubatch
+        self._spin_control = spin_control
         self._no_logits = np.empty((0, info.vocab_size), np.float32)
         settings = repr(
             (info.name, info.vocab_size, info.weights_bytes, info.settings.get("kv_type"))
@@ -108,6 +112,8 @@ class GgufRuntime(Runtime):
             logits = self._passes(step, starts, lanes, ends, passes)
         if logits is None:
             return StepOutput(logits=self._no_logits, no_room=True)
+        if self._spin_control is not None:
+            self._spin_control.look()
         return StepOutput(logits=logits)
 
     def _tails(
@@ -166,7 +172,7 @@ class GgufRuntime(Runtime):
             # Between partitions seq_cp copies all of the context's cells, and not before the next
             # decode: a snapshot or a restore in between would see wrong KV. Reading and writing the
             # state copies what is used, at once.
-            if not self._write_state(target, self._read_state(source)):
+            if not self._write_state(target, np.frombuffer(self._read_state(source), np.uint8)):
                 raise EngineError(f"lane {source} could not be copied: {take_errors()}")
         else:
             # Partitions are copied whole or not at all.
@@ -182,7 +188,7 @@ class GgufRuntime(Runtime):
             return super().snapshot(lane)
         self._check_open()
         head = _SNAPSHOT.pack(_SNAPSHOT_MAGIC, self._fingerprint, int(self._lengths[lane]))
-        return head + self._read_state(lane).tobytes() if self._lengths[lane] else head
+        return self._read_state(lane, head) if self._lengths[lane] else head
 
     def restore(self, lane: int, snapshot: bytes) -> int:
         """Put a snapshot's KV into a lane.
@@ -369,13 +375,15 @@ class GgufRuntime(Runtime):
         """Remove a lane's cells from ``start`` on; false where the memory cannot cut there."""
         return bool(self._lib.llama_memory_seq_rm(self._context.memory, lane, start, -1))
 
-    def _read_state(self, lane: int) -> NDArray[np.uint8]:
+    def _read_state(self, lane: int, head: bytes = b"") -> bytes:
+        """A lane's state behind a head; written where it stays: it is large, and fresh memory is slow."""
         size = self._lib.llama_state_seq_get_size(self._context.pointer, lane)
-        state = np.empty(size, np.uint8)
-        written = self._lib.llama_state_seq_get_data(
-            self._context.pointer, _bytes_pointer(state), size, lane
-        )
-        return state[:written]
+        state: bytes = _new_bytes(None, len(head) + size)
+        address = ctypes.cast(ctypes.c_char_p(state), ctypes.c_void_p).value or 0
+        ctypes.memmove(address, head, len(head))
+        start = ctypes.cast(address + len(head), ctypes.POINTER(ctypes.c_uint8))
+        written = self._lib.llama_state_seq_get_data(self._context.pointer, start, size, lane)
+        return state if written == size else state[: len(head) + written]
 
     def _write_state(self, lane: int, state: NDArray[np.uint8]) -> bool:
         """Put a state into an empty lane; if it does not fit, the lane stays empty."""
@@ -390,6 +398,12 @@ class GgufRuntime(Runtime):
     def _check_open(self) -> None:
         if not self._context.pointer:
             raise EngineError(f"the model {self.info.name} is closed")
+
+
+# Bytes whose contents are to be filled in before anybody else sees them, as CPython's C API offers it.
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype = ctypes.py_object
+_new_bytes.argtypes = (ctypes.c_char_p, ctypes.c_ssize_t)
 
 
 def _bytes_pointer(array: NDArray[np.uint8]) -> ctypes.c_void_p:

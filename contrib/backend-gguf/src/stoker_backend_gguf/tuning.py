@@ -140,11 +140,12 @@ def _waiting() -> list[Tunable]:
         Tunable(
             name="waiting",
             summary="What OpenMP's threads do between two pieces of a step",
-            default="sleep",
+            default="adaptive",
             values=[
-                _value("sleep", omp_wait_policy="passive", omp_spin_count=None),
+                _value("adaptive", omp_wait_policy="adaptive", omp_spin_count=None),
+                _value("adaptive 3000", omp_wait_policy="adaptive", omp_spin_count=3000),
+                _value("sleep", omp_wait_policy="passive", omp_spin_count=0),
                 _value("spin 300", omp_wait_policy="passive", omp_spin_count=300),
-                _value("spin 3000", omp_wait_policy="passive", omp_spin_count=3000),
                 _value("spin", omp_wait_policy="active", omp_spin_count=None),
             ],
             group="waiting",
