@@ -308,8 +308,8 @@ def test_prompts_are_cut_so_that_a_step_takes_as_long_as_it_should(target_s: flo
     assert took[0] > target_s, "nothing was known of the first step"
     settled = [seconds for seconds in took[6:] if seconds > 0.015]
     assert statistics.median(settled) == pytest.approx(target_s, rel=0.1)
-    # Half as long again, where that ends a prompt.
-    assert max(settled) <= 1.1 * 1.5 * target_s
+    # Three times as long at most, where that ends prompts and few wait for anything else.
+    assert max(settled) <= 1.1 * 3 * target_s
     assert [r.text() for r in requests] == [truth(harness, r) for r in requests]
 
 

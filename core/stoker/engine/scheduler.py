@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Scheduler"]
 
+# What a step that lets prompts end may take, against what it should.
+_MIN_PATIENCE, _MAX_PATIENCE = 1.5, 3.0
 _MIN_CHUNK = 32  # prompt tokens of a step that prefills at all: below, a step is mostly overhead
 
 
@@ -293,13 +295,17 @@ class Scheduler:
     ) -> None:
         """Let a prompt end in this step of which only a little would be left for another one.
 
-        A step may take half as long again for that: the rest would cost a whole step, and its first token.
+        A step may take half as long again for that: the rest would cost a whole step, and its first token. It
+        may take up to three times as long if so many more wait for their first token than for their next.
         """
         used = sum(shares.values())
         limit = self.token_budget - len(plan.decodes)
         if is_mixed:
             limit = min(limit, self.prefill_limit)
-        room = min(limit - used, used // 2)
+        patience = min(
+            _MAX_PATIENCE, max(_MIN_PATIENCE, len(prefilling) / max(1, len(plan.decodes)))
+        )
+        room = min(limit - used, int(used * (patience - 1)))
         for sequence in sorted(prefilling, key=lambda s: s.num_pending - shares[s.sequence_id]):
             rest = sequence.num_pending - shares[sequence.sequence_id]
             if rest and shares[sequence.sequence_id] and rest <= room:
