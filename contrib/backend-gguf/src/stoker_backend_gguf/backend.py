@@ -119,6 +119,7 @@ class GgufBackend(stoker.Backend):
                 unified=native.kv_unified,
                 window=window,
                 n_ubatch=min(native.n_ubatch, native.n_batch),
+                threads=(native.threads, native.batch_threads),
                 spin_control=spin_control(),
             )
             on_failure.pop_all()

@@ -44,6 +44,7 @@ class GgufRuntime(Runtime):
         unified: One KV memory for all lanes.
         window: Tokens that a sliding-window layer keeps, if it does not keep all; else 0.
         n_ubatch: Most tokens that llama.cpp computes at once.
+        threads: Threads of steps with one token a lane, and of others.
         spin_control: Told of every step.
     """
 
@@ -57,6 +58,7 @@ class GgufRuntime(Runtime):
         unified: bool,
         window: int,
         n_ubatch: int,
+        threads: tuple[int, int],
         spin_control: SpinControl | None = None,
     ) -> None:
         self.info = info
@@ -72,6 +74,8 @@ class GgufRuntime(Runtime):
         self._batch = Batch(model.lib, model.lib.llama_n_batch(context.pointer), info.num_lanes)
         self._gathered = np.empty((0, info.vocab_size), np.float32)
         self._n_ubatch = n_ubatch
+        self._threads = threads
+        self._given_up = 0
         self._spin_control = spin_control
         self._no_logits = np.empty((0, info.vocab_size), np.float32)
         settings = repr(
@@ -113,7 +117,7 @@ class GgufRuntime(Runtime):
         if logits is None:
             return StepOutput(logits=self._no_logits, no_room=True)
         if self._spin_control is not None:
-            self._spin_control.look()
+            self._share_cores(self._spin_control)
         return StepOutput(logits=logits)
 
     def _tails(
@@ -220,6 +224,15 @@ class GgufRuntime(Runtime):
         self._model.close()
 
     # ----------------------------------------------------------------- a step's parts
+
+    def _share_cores(self, control: SpinControl) -> None:
+        """Compute with as many threads as there are cores that nobody else keeps busy."""
+        control.look(max(self._threads))
+        given_up = control.num_given_up
+        if given_up != self._given_up:
+            self._given_up = given_up
+            decode, batch = (max(1, count - given_up) for count in self._threads)
+            self._lib.llama_set_n_threads(self._context.pointer, decode, batch)
 
     def _check_runs(self, lanes: NDArray[np.int32], firsts: NDArray[np.int32]) -> None:
         """Every run of a lane's rows must continue where the lane's KV ends."""

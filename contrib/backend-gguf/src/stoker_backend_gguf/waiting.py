@@ -7,7 +7,8 @@ and sleep while they are not.
 
 gcc's libgomp reads ``GOMP_SPINCOUNT`` once, when it is loaded. But it spins for a hundred rounds only while
 the process has more OpenMP threads than cores (see ``GOMP_SPINCOUNT`` in its manual), and that can be brought
-about at any time: by a spare team of threads that sleep.
+about at any time: by a spare team of threads that sleep. And a core that somebody else keeps busy is no use
+to a step whose threads wait for each other: as many threads fewer are quicker.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ _SHORT_SPIN = 300  # a few microseconds
 _TASKS = Path("/proc/self/task")
 _PERIOD_S = 0.25
 _LEAST_S = 0.02  # less computing than this in a period tells nothing
-# Share of their time that the threads wanted a core and had none. Alone it is below 0.02; beside one process
-# that keeps a core busy it was 0.43 to 0.46 on two cores, whether they spin or not.
-_COMPANY, _ALONE = 0.15, 0.08
+# Cores that the computing threads wanted and did not get. Alone that is below 0.03; beside one process that
+# keeps a core busy it was 0.86 to 0.93 on two cores, whether they spin or not.
+_LOST, _NOT_LOST = 0.35, 0.2
+# Cores that other processes use.
+_COMPANY, _ALONE = 0.5, 0.25
 _CALM_PERIODS = 8
 
 _chosen: list[Policy] = []
@@ -87,7 +90,7 @@ def spin_control() -> SpinControl | None:
     if _chosen != ["adaptive"]:
         return None
     path = _libgomp()
-    return None if path is None else SpinControl(SpareTeam(path), _compute_times)
+    return None if path is None else SpinControl(SpareTeam(path), _compute_times, _OtherProcesses())
 
 
 class SpareTeam:
@@ -129,48 +132,94 @@ class SpareTeam:
 
 
 class SpinControl:
-    """Lets threads spin long while they are alone on their cores, and shortly while they are not.
+    """Lets threads spin long while they are alone on their cores; in company they sleep, and are fewer.
 
     Args:
         team: What shortens the spinning.
         times: Seconds that each computing thread has run, and has waited for a core, by thread.
+        others: Cores that other processes have used since the last call.
         clock: Seconds.
+
+    Attributes:
+        num_given_up: By how many threads fewer steps are to be computed.
     """
 
     def __init__(
         self,
         team: SpareTeam,
         times: Callable[[], dict[str, tuple[float, float]]],
+        others: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._team = team
         self._times = times
+        self._others = others
         self._clock = clock
         self._due_s = 0.0
         self._seen: dict[str, tuple[float, float]] = {}
         self._calm = 0
+        self.num_given_up = 0
 
-    def look(self) -> None:
-        """Adapt if it is time to; to be called after a step, on the thread that computed it."""
+    def look(self, num_threads: int) -> None:
+        """Adapt if it is time to; to be called after a step, on the thread that computed it.
+
+        Args:
+            num_threads: How many threads compute a step of its runtime, if none are given up.
+        """
         now_s = self._clock()
         if now_s < self._due_s:
             return
         self._due_s = now_s + _PERIOD_S
         times = self._times()
         before, self._seen = self._seen, times
+        others = self._others()
         both = times.keys() & before.keys()
         ran_s = sum(times[thread][0] - before[thread][0] for thread in both)
         waited_s = sum(times[thread][1] - before[thread][1] for thread in both)
         if ran_s + waited_s < _LEAST_S:
             return
-        share = waited_s / (ran_s + waited_s)
-        self._calm = self._calm + 1 if share < _ALONE else 0
-        if share > _COMPANY and not self._team.exists:
-            logger.debug("company on the cores (%.0f %% of the time): threads sleep", share * 100)
-            self._team.make()
-        elif self._calm >= _CALM_PERIODS and self._team.exists:
+        computing = max(1, num_threads - self.num_given_up)
+        lost = computing * waited_s / (ran_s + waited_s)
+        if lost > _LOST:
+            self._share_cores(min(lost, others), others, computing)
+        # Threads that were given up lose nothing: then only the others' leaving tells.
+        is_calm = others < _ALONE and lost < _NOT_LOST
+        self._calm = self._calm + 1 if is_calm else 0
+        if self._calm >= _CALM_PERIODS and self._team.exists:
             logger.debug("alone on the cores: threads spin")
             self._team.dismiss()
+            self.num_given_up = 0
+
+    def _share_cores(self, lost: float, others: float, computing: int) -> None:
+        if not self._team.exists:
+            logger.debug("company on the cores (%.1f of them): threads sleep", others)
+            self._team.make()
+        if lost > _COMPANY:
+            self.num_given_up += min(round(lost), computing - 1)
+
+
+class _OtherProcesses:
+    """Cores of ours that other processes use, by the kernel's count of what each core did."""
+
+    def __init__(self) -> None:
+        self._seen = self._read()
+
+    def __call__(self) -> float:
+        before, self._seen = self._seen, self._read()
+        wall_s, busy_s, own_s = (now - then for now, then in zip(self._seen, before, strict=True))
+        return max(0.0, busy_s - own_s) / wall_s if wall_s > 0 else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds: the clock's, of our cores together, of this process."""
+        ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        ticks = 0
+        for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
+            name, *counts = line.split()
+            if name in ours:
+                user, nice, system, _idle, _io, irq, soft = map(int, counts[:7])
+                ticks += user + nice + system + irq + soft
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
 def _compute_times() -> dict[str, tuple[float, float]]:
@@ -191,7 +240,8 @@ def _can_adapt() -> bool:
     """Whether the kernel tells how long threads wait, and llama.cpp's libraries use libgomp."""
     try:
         told = (_TASKS / str(threading.get_native_id()) / "schedstat").read_text().split()
-    except OSError:
+        _OtherProcesses()
+    except (OSError, ValueError):
         return False
     folder = library_folder()
     if len(told) != 3 or told[0] == "0" or folder is None:
