@@ -159,6 +159,16 @@ def test_periods_in_which_nothing_was_computed_and_threads_that_are_new_tell_not
     assert not world.team.exists, "it was not time yet"
 
 
+def test_a_kernel_that_stops_telling_fails_no_step():
+    world = World()
+
+    def fail() -> float:
+        raise FileNotFoundError("/proc/stat")
+
+    world.control._others = fail
+    assert world.pass_period(0.4) == (False, 0)
+
+
 TEAM = """
 import json, os, time
 from stoker_backend_gguf import native, waiting

@@ -170,9 +170,11 @@ class SpinControl:
         if now_s < self._due_s:
             return
         self._due_s = now_s + _PERIOD_S
-        times = self._times()
+        try:
+            times, others = self._times(), self._others()
+        except (OSError, ValueError):
+            return  # no reason to fail a step
         before, self._seen = self._seen, times
-        others = self._others()
         both = times.keys() & before.keys()
         ran_s = sum(times[thread][0] - before[thread][0] for thread in both)
         waited_s = sum(times[thread][1] - before[thread][1] for thread in both)
