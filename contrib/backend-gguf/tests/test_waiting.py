@@ -108,7 +108,7 @@ class World:
     def pass_period(
         self, share: float, others: float = 0.1, ran_s: float = 0.2
     ) -> tuple[bool, int]:
-        self.now_s += 0.3
+        self.now_s += 0.6
         self.others = others
         for thread, (ran, waited) in self.times.items():
             self.times[thread] = ran + ran_s, waited + ran_s * share / (1 - share)

@@ -37,7 +37,7 @@ Policy = Literal["adaptive", "passive", "active", "default"]
 _LONG_SPIN = 10_000  # some hundred microseconds: hardly any wait within a step is longer
 _SHORT_SPIN = 300  # a few microseconds
 _TASKS = Path("/proc/self/task")
-_PERIOD_S = 0.25
+_PERIOD_S = 0.5  # looking takes a millisecond or two
 _LEAST_S = 0.02  # less computing than this in a period tells nothing
 # Cores that the computing threads wanted and did not get. Alone that is below 0.03; beside one process that
 # keeps a core busy it was 0.86 to 0.93 on two cores, whether they spin or not.
