@@ -1,23 +1,29 @@
 """``POST /v1/chat/completions`` and ``POST /v1/completions``."""
 
-import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-from litestar import Request, post
+from litestar import post
 from litestar.handlers import HTTPRouteHandler
 from litestar.response.base import ASGIResponse
-from litestar.types import ASGIApp, Receive
+from litestar.types import ASGIApp
 
 from stoker import __version__
 from stoker.api.body import BodyDecoder, read_json_body
-from stoker.api.errors import ClientDisconnectedError, asgi_error
+from stoker.api.errors import asgi_error
+from stoker.api.incoming import (
+    AnyRequest,
+    current_request_id,
+    default_model,
+    unless_gone,
+    visible_headers,
+)
 from stoker.api.openapi import generation_operation
-from stoker.api.parameters import find_ignored, refuse, warning_header
+from stoker.api.parameters import CHAT_FIELDS, COMPLETION_FIELDS, check_parameters
 from stoker.api.requests import EXPLAIN_HEADER, Explain, explain_request, wants_explanation
 from stoker.api.run import Run, start
 from stoker.api.schemas import (
@@ -30,7 +36,7 @@ from stoker.api.schemas import (
     GenerationRequest,
     ResponseMessage,
 )
-from stoker.api.streaming import EventEncoder, EventStream, stream_events, wait_until_gone
+from stoker.api.streaming import EventEncoder, EventStream, stream_events
 from stoker.api.validation import chat_calls, completion_calls, includes_usage
 from stoker.config import Config
 from stoker.logs import CURRENT_REQUEST
@@ -38,12 +44,7 @@ from stoker.router import WARNING_HEADER, Call, Router, add_warning
 
 __all__ = ["completion_routes"]
 
-T = TypeVar("T")
-
-AnyRequest = Request[Any, Any, Any]
-
 _FINGERPRINT = f"stoker-{__version__}"
-_SECRET_HEADERS = {"authorization", "cookie", "proxy-authorization", "x-api-key"}
 
 _encoder = msgspec.json.Encoder()
 _chat_decoder = BodyDecoder(ChatRequest)
@@ -69,9 +70,9 @@ def completion_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
     )
     async def chat_completions(request: AnyRequest) -> ASGIApp:
         body, raw = _chat_decoder.decode(await read_json_body(request, limit))
-        headers = _check_parameters(config, raw, chat=True)
+        headers = check_parameters(raw, CHAT_FIELDS, strict=config.server.strict)
         calls = chat_calls(
-            body, config, _default_model(router), _request_id(), _visible_headers(request)
+            body, config, default_model(router), current_request_id(), visible_headers(request)
         )
         return await _answer(request, config, router, body, calls, headers, chat=True)
 
@@ -85,43 +86,13 @@ def completion_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
     )
     async def completions(request: AnyRequest) -> ASGIApp:
         body, raw = _completion_decoder.decode(await read_json_body(request, limit))
-        headers = _check_parameters(config, raw, chat=False)
+        headers = check_parameters(raw, COMPLETION_FIELDS, strict=config.server.strict)
         calls = completion_calls(
-            body, config, _default_model(router), _request_id(), _visible_headers(request)
+            body, config, default_model(router), current_request_id(), visible_headers(request)
         )
         return await _answer(request, config, router, body, calls, headers, chat=False)
 
     return [chat_completions, completions]
-
-
-def _check_parameters(
-    config: Config, raw: Mapping[str, msgspec.Raw], *, chat: bool
-) -> dict[str, str]:
-    """Refuse parameters that are not served, or name them in a header."""
-    ignored = find_ignored(raw, chat=chat)
-    if not ignored:
-        return {}
-    if config.server.strict:
-        raise refuse(ignored[0])
-    return {WARNING_HEADER: warning_header(ignored)}
-
-
-def _default_model(router: Router) -> str:
-    return router.models()[0].model_id
-
-
-def _request_id() -> str:
-    context = CURRENT_REQUEST.get()
-    return "" if context is None else context.request_id
-
-
-def _visible_headers(request: AnyRequest) -> dict[str, str]:
-    """What middleware may see: lower-case names, no secrets."""
-    return {
-        name.lower(): value
-        for name, value in request.headers.items()
-        if name.lower() not in _SECRET_HEADERS
-    }
 
 
 async def _answer(
@@ -141,16 +112,16 @@ async def _answer(
         for call in calls:
             call.tenant = context.tenant
     # Middleware may take its time; who does not wait for it must not be computed for.
-    run = await _unless_gone(start(router, calls), request.receive)
+    run = await unless_gone(start(router, calls), request.receive)
     headers = _merged(run.headers, headers)
     explain: Explain | None = None
     if wants_explanation(calls[0].headers):
         explain = partial(explain_request, run.tracked, config.scheduler.policy)
-    response_id = f"{'chatcmpl' if chat else 'cmpl'}-{_request_id()}"
+    response_id = f"{'chatcmpl' if chat else 'cmpl'}-{current_request_id()}"
     created = int(time.time())  # noqa: TID251 - a timestamp in a body
     try:
         if not body.stream:
-            texts, reasons = await _unless_gone(_collect(run), request.receive)
+            texts, reasons = await unless_gone(_collect(run), request.receive)
             run.close()
             content = _content(run, response_id, created, texts, reasons, chat=chat)
             return ASGIResponse(
@@ -166,7 +137,7 @@ async def _answer(
         )
         events = stream_events(run, encoder, include_usage=include_usage, explain=explain)
         # The status waits for the first token: what goes wrong before it is an error, not an event.
-        first = await _unless_gone(_first(events), request.receive)
+        first = await unless_gone(_first(events), request.receive)
         return EventStream(first, events, run, headers, config.server.reader_timeout_s)
     except BaseException as error:
         run.close(error)
@@ -234,21 +205,3 @@ async def _collect(run: Run) -> tuple[list[str], list[str]]:
 async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
     """The first bytes of a stream."""
     return await anext(events)
-
-
-async def _unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of ``work``, which is cancelled if the client goes away first.
-
-    Raises:
-        ClientDisconnectedError: It went away.
-    """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(wait_until_gone(receive))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnectedError
-        return working.result()
-    finally:
-        working.cancel()
-        watching.cancel()

@@ -3,18 +3,30 @@
 A parameter that asks for nothing (``null``, ``"tools": []``, ``"logprobs": false``) needs neither.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from stoker.api.schemas import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
 from stoker.errors import InvalidRequestError
+from stoker.router import WARNING_HEADER
 
-__all__ = ["Ignored", "find_ignored", "refuse", "warning_header"]
+__all__ = [
+    "CHAT_FIELDS",
+    "COMPLETION_FIELDS",
+    "LABELS",
+    "Ignored",
+    "KnownFields",
+    "check_parameters",
+    "find_ignored",
+    "warning_header",
+]
 
-# Labels, which change nothing in the answer.
-_LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
+LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+"""Fields that change nothing in the answer."""
 
 # Parameters of the OpenAI API, or of servers like it, that this server does not serve.
 _UNSUPPORTED = {
@@ -40,12 +52,7 @@ _AS_SERVED: dict[str, Sequence[Any]] = {
 }
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
-_KNOWN_CHAT = frozenset(ChatRequest.__struct_fields__) | _LABELS
-_KNOWN_COMPLETION = frozenset(CompletionRequest.__struct_fields__) | _LABELS
-_KNOWN_MESSAGE = frozenset(ChatMessage.__struct_fields__)
-_KNOWN_STREAM_OPTIONS = frozenset(StreamOptions.__struct_fields__)
-
-_messages = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+_list = msgspec.json.Decoder(list[msgspec.Raw])
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 _MAX_NAMED = 8
@@ -65,26 +72,119 @@ class Ignored(msgspec.Struct, frozen=True):
     kind: str
 
 
-def find_ignored(raw: Mapping[str, msgspec.Raw], *, chat: bool) -> list[Ignored]:
-    """The parameters of a body that would be ignored, in their order."""
-    found = _ignored(raw, _KNOWN_CHAT if chat else _KNOWN_COMPLETION)
-    options = raw.get("stream_options")
-    if options is not None and bytes(options) != b"null":
-        found += _ignored(_object.decode(options), _KNOWN_STREAM_OPTIONS, "stream_options.")
-    if chat:
-        for index, message in enumerate(_messages.decode(raw["messages"])):
-            found += _ignored(message, _KNOWN_MESSAGE, f"messages.{index}.")
+class KnownFields(msgspec.Struct, frozen=True):
+    """The fields that an object in a body may have.
+
+    Attributes:
+        names: The fields that are served, as clients spell them.
+        within: Those of the objects in it, or in lists in it, by the field that holds them. What is there
+            but no object, such as a text, has no fields.
+        unsupported: Fields, beside those of OpenAI's generating endpoints, that servers like this one know.
+    """
+
+    names: frozenset[str]
+    within: Mapping[str, KnownFields] = {}
+    unsupported: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        *kinds: type[msgspec.Struct],
+        also: Iterable[str] = (),
+        within: Mapping[str, KnownFields] | None = None,
+        unsupported: Iterable[str] = (),
+    ) -> KnownFields:
+        """The fields of structs.
+
+        Args:
+            kinds: The structs that such an object is decoded into.
+            also: More fields that are served.
+            within: See the class.
+            unsupported: See the class.
+        """
+        names = {name for kind in kinds for name in kind.__struct_encode_fields__}
+        return cls(frozenset(names.union(also)), within or {}, frozenset(unsupported))
+
+
+CHAT_FIELDS = KnownFields.of(
+    ChatRequest,
+    also=LABELS,
+    within={
+        "stream_options": KnownFields.of(StreamOptions),
+        "messages": KnownFields.of(ChatMessage),
+    },
+)
+"""What ``/v1/chat/completions`` serves."""
+
+COMPLETION_FIELDS = KnownFields.of(
+    CompletionRequest, also=LABELS, within={"stream_options": KnownFields.of(StreamOptions)}
+)
+"""What ``/v1/completions`` serves."""
+
+
+def check_parameters(
+    raw: Mapping[str, msgspec.Raw], known: KnownFields, *, strict: bool
+) -> dict[str, str]:
+    """Refuse a body's parameters that are not served, or name them in a header.
+
+    Args:
+        raw: The body's fields, undecoded.
+        known: What the endpoint serves.
+        strict: Whether to refuse them.
+
+    Returns:
+        Headers for the answer.
+
+    Raises:
+        InvalidRequestError: In strict mode; it names the first one.
+    """
+    ignored = find_ignored(raw, known)
+    if not ignored:
+        return {}
+    if strict:
+        raise _refusal(ignored[0])
+    return {WARNING_HEADER: warning_header(ignored)}
+
+
+def find_ignored(
+    raw: Mapping[str, msgspec.Raw], known: KnownFields, prefix: str = ""
+) -> list[Ignored]:
+    """The parameters of an object that would be ignored, in their order; those of inner objects follow.
+
+    Args:
+        raw: The object's fields, undecoded; well-formed JSON.
+        known: The fields it may have.
+        prefix: Where it is in the body, with a dot at the end.
+    """
+    found = [
+        Ignored(prefix + name, _kind(name, known))
+        for name, value in raw.items()
+        if name not in known.names and not _asks_nothing(name, value)
+    ]
+    for name, inner in known.within.items():
+        if name in raw:
+            found += _find_within(raw[name], inner, f"{prefix}{name}.")
     return found
 
 
-def _ignored(
-    raw: Mapping[str, msgspec.Raw], known: frozenset[str], prefix: str = ""
-) -> list[Ignored]:
-    return [
-        Ignored(prefix + name, "unsupported" if name in _UNSUPPORTED else "unknown")
-        for name, value in raw.items()
-        if name not in known and not _asks_nothing(name, value)
-    ]
+def _find_within(value: msgspec.Raw, known: KnownFields, prefix: str) -> list[Ignored]:
+    """The same for a value that may be an object, or a list that may hold some."""
+    if _starts_with(value, b"{"):
+        return find_ignored(_object.decode(value), known, prefix)
+    found: list[Ignored] = []
+    if _starts_with(value, b"["):
+        for index, item in enumerate(_list.decode(value)):
+            if _starts_with(item, b"{"):
+                found += find_ignored(_object.decode(item), known, f"{prefix}{index}.")
+    return found
+
+
+def _starts_with(value: msgspec.Raw, character: bytes) -> bool:
+    return memoryview(value)[:1] == character
+
+
+def _kind(name: str, known: KnownFields) -> str:
+    return "unsupported" if name in _UNSUPPORTED or name in known.unsupported else "unknown"
 
 
 def _asks_nothing(name: str, raw: msgspec.Raw) -> bool:
@@ -100,8 +200,7 @@ def _asks_nothing(name: str, raw: msgspec.Raw) -> bool:
     return any(value == as_served for as_served in _AS_SERVED.get(name, ()))
 
 
-def refuse(ignored: Ignored) -> InvalidRequestError:
-    """The error of strict mode."""
+def _refusal(ignored: Ignored) -> InvalidRequestError:
     return InvalidRequestError(
         f"{ignored.kind} parameter {_printable(ignored.name)}; remove it, or set server.strict to false",
         param=ignored.name,
