@@ -38,6 +38,9 @@ PUBLIC = {
     *("SequenceTrace", "SlowReaderError", "StepCost", "TenantConfig", "TenantLoad", "TenantShare"),
     *("Tokenizer", "UnavailableError", "Usage", "__version__", "hookimpl"),
     *("Requantization", "Tunable", "TunableValue"),
+    *("CallPiece", "Grammar", "GrammarCompiler", "GrammarInfo", "GrammarSpec", "Matcher"),
+    *("OutputParser", "Piece", "ReasoningPiece", "TextPiece", "TokenLogprob"),
+    *("Tool", "ToolChoice", "ToolFormat", "ToolFormatInfo"),
 }
 
 

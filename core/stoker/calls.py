@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stoker.errors import ContextLengthError, InvalidRequestError
+from stoker.grammar import GrammarSpec
+from stoker.interfaces import Tool, ToolChoice
 from stoker.types import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -41,6 +43,15 @@ class Call(msgspec.Struct, kw_only=True):
         cache_salt: Only requests with the same salt reuse each other's KV.
         group: The id under which an API request of several calls can be asked for and cancelled; by
             default ``request_id``.
+        tools: The functions that the model may call.
+        tool_choice: Whether it has to.
+        template_options: More names for the chat template (``chat_template_kwargs``).
+        add_generation_prompt: Whether the prompt ends with the beginning of an answer.
+        continue_final_message: Whether the answer goes on where the last message, an assistant's, ends.
+        grammar: What the output must look like.
+        prediction: What the output will probably look like.
+        wants_token_ids: Whether deltas carry token ids.
+        wants_progress: Whether deltas without text tell how far the prompt is.
     """
 
     request_id: str
@@ -56,6 +67,15 @@ class Call(msgspec.Struct, kw_only=True):
     tenant: str = "anonymous"
     cache_salt: str = ""
     group: str = ""
+    tools: Sequence[Tool] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    template_options: Mapping[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    grammar: GrammarSpec | None = None
+    prediction: str = ""
+    wants_token_ids: bool = False
+    wants_progress: bool = False
 
     @property
     def prompt_field(self) -> str:
@@ -140,6 +160,8 @@ def make_request(
         headers=call.headers,
         metadata={},
         response_headers={},
+        wants_token_ids=call.wants_token_ids,
+        wants_progress=call.wants_progress,
     )
 
 

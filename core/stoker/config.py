@@ -46,6 +46,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
         cors_origins: Origins that browsers may call from; ``*`` for any.
         max_body_bytes: Largest request body; larger ones get 413.
         strict: Refuse unknown and unsupported request parameters instead of naming them in a header.
+        grammar: Which grammar compiler makes outputs follow a schema; ``none`` for no such outputs.
         drain_timeout_s: How long running requests may finish after SIGTERM.
         reload_s: How often the configuration and the files of keys are looked at for changes; 0 leaves
             it to SIGHUP.
@@ -66,6 +67,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     cors_origins: list[str] = []
     max_body_bytes: int = 4 * 1024 * 1024
     strict: bool = False
+    grammar: str = "llguidance"
     drain_timeout_s: float = 30.0
     reload_s: float = 2.0
     max_unread_tokens: int = 4096
@@ -81,6 +83,9 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         model: A path, or a reference such as ``hf:owner/repo/file.gguf`` or ``pypi:package``.
         id: Its name in the API; by default the file's.
         backend: Which backend loads it; ``auto`` asks each.
+        tool_format: How it writes tool calls; ``auto`` looks at its chat template.
+        reasoning: Whether ``<think>`` blocks of its answers are told apart as ``reasoning_content``: ``auto``
+            looks at its chat template, ``on``, or ``off``.
         lanes: How many sequences run at once.
         context: Most tokens (prompt and answer) of one request.
         weight: Its share of the device's time while other models of the device have work, too.
@@ -92,6 +97,8 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     model: str = DEFAULT_MODEL
     id: str | None = None
     backend: str = "auto"
+    tool_format: str = "auto"
+    reasoning: str = "auto"
     lanes: int | None = None
     context: int | None = None
     weight: float = 1.0

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
         BackendInfo,
         CommandInfo,
         EvictionInfo,
+        GrammarInfo,
         MiddlewareInfo,
         ModelSourceInfo,
         ObserverInfo,
         PolicyInfo,
         RouteInfo,
         ServerContext,
+        ToolFormatInfo,
     )
 
 __all__ = ["hookimpl", "hookspec"]
@@ -73,6 +75,33 @@ def stoker_register_evictions() -> Sequence[EvictionInfo]:  # type: ignore[empty
     Ordering: none; ``[cache] eviction`` names the one that is used.
     Errors: as for backends.
     Example: ``return [EvictionInfo(api_version=1, name="lru", summary="...", factory=LeastRecentlyUsed)]``
+    Since: API version 1.
+    """
+
+
+@hookspec
+def stoker_register_grammars() -> Sequence[GrammarInfo]:  # type: ignore[empty-body]
+    """Register grammar compilers: what makes outputs follow a schema, an expression or a grammar.
+
+    When: once, when the process starts.
+    Returns: a list of ``GrammarInfo``; names are unique over all plugins.
+    Ordering: none; ``[server] grammar`` names the one that is used.
+    Errors: as for backends.
+    Example: ``return [GrammarInfo(api_version=1, name="llguidance", summary="...", factory=make_compiler)]``
+    Since: API version 1.
+    """
+
+
+@hookspec
+def stoker_register_tool_formats() -> Sequence[ToolFormatInfo]:  # type: ignore[empty-body]
+    """Register tool formats: how families of models write tool calls.
+
+    When: once, when the process starts.
+    Returns: a list of ``ToolFormatInfo``; names are unique over all plugins.
+    Ordering: ascending ``order``, then by name: the first that suits a model is used for it, unless
+        ``[[models]] tool_format`` names one.
+    Errors: as for backends.
+    Example: ``return [ToolFormatInfo(api_version=1, name="hermes", summary="...", factory=Hermes)]``
     Since: API version 1.
     """
 

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from stoker.grammar import Grammar
+from stoker.sampling_params import SamplingParams
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -31,6 +34,7 @@ __all__ = [
     "StepInput",
     "StepOutput",
     "StepRecord",
+    "TokenLogprob",
     "Usage",
 ]
 
@@ -46,39 +50,6 @@ class FinishReason(enum.StrEnum):
     """The client went away or cancelled."""
     ERROR = "error"
     """The runtime failed for this sequence, or a deadline passed; the delta carries the error."""
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to choose tokens. Ranges are validated by the API; see ``engine/sampler.py`` for the order.
-
-    Attributes:
-        max_tokens: Most tokens to generate; ``None`` means up to the context length.
-        temperature: 0 is greedy. Range 0 to 2.
-        top_p: Nucleus mass, in (0, 1]; 1 is off.
-        top_k: Keep the k likeliest tokens; 0 is off.
-        min_p: Drop tokens less likely than this share of the likeliest one, in [0, 1]; 0 is off.
-        repetition_penalty: Divides positive and multiplies negative logits of tokens seen in the
-            prompt or output (CTRL, Keskar et al. 2019); 1 is off.
-        presence_penalty: Subtracted once from the logit of each token seen in the output.
-        frequency_penalty: Subtracted once per occurrence of the token in the output.
-        logit_bias: Added to the logit of a token id.
-        seed: Makes a request's draws reproducible; ``None`` draws a fresh seed.
-        stop: Strings that end the output; they are not part of it.
-        ignore_eos: Go on after an end token.
-    """
-
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
 
 
 class Request(msgspec.Struct, kw_only=True):
@@ -100,6 +71,10 @@ class Request(msgspec.Struct, kw_only=True):
         headers: The HTTP headers, lower-case names, for middleware; secrets removed.
         metadata: Free for middleware to pass values along.
         response_headers: Headers that middleware wants the answer to have, lower-case names.
+        grammar: What the output must look like; each sequence starts a matcher of its own.
+        predicted_token_ids: What the output will probably look like: what drafts may be taken from.
+        wants_token_ids: Whether deltas carry token ids.
+        wants_progress: Whether deltas without text tell how far the prompt is.
     """
 
     request_id: str
@@ -117,6 +92,10 @@ class Request(msgspec.Struct, kw_only=True):
     headers: Mapping[str, str] = {}
     metadata: dict[str, Any] = {}
     response_headers: dict[str, str] = {}
+    grammar: Grammar | None = None
+    predicted_token_ids: Sequence[int] = ()
+    wants_token_ids: bool = False
+    wants_progress: bool = False
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,6 +112,22 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A token and how likely the model found it, by its raw logits: before temperature, penalties and bias.
+
+    Attributes:
+        token_id: The token.
+        data: The bytes it adds to the text; of a control token its name.
+        logprob: Natural logarithm of its probability.
+        top: The likeliest tokens at its place, the likeliest first, as many as were asked for.
+    """
+
+    token_id: int
+    data: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step added to one sequence.
 
@@ -143,6 +138,13 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         finish_reason: Set on the sequence's last delta.
         error: With ``FinishReason.ERROR``, what to tell the client: a ``RequestError`` or ``EngineError``.
         usage: On the last delta of a sequence: its own counts.
+        token_ids: The tokens, if the request wants them; those that only end the output are among them.
+        logprobs: If the request wants them: one for each token that is part of the output's text, no earlier
+            than its text; none for the tokens that ended it.
+        prompt_logprobs: On the first delta of sequence 0, if the request wants them: one for each token of
+            the prompt; ``None`` for the first one, which nothing predicts.
+        stop: With ``FinishReason.STOP``: the stop string or token id that ended it; ``None`` for an end.
+        num_prefilled: If the request wants progress: prompt tokens whose KV is there; 0 once it decodes.
     """
 
     index: int = 0
@@ -151,6 +153,11 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     usage: Usage | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    stop: str | int | None = None
+    num_prefilled: int = 0
 
 
 @dataclass(slots=True)

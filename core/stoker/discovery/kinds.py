@@ -9,23 +9,28 @@ from stoker.interfaces import (
     CommandInfo,
     Descriptor,
     EvictionInfo,
+    GrammarInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
     PolicyInfo,
     RouteInfo,
+    ToolFormatInfo,
 )
 
 __all__ = ["ADVICE", "CORE_COMMANDS", "HOOKS", "LIFE_CYCLE", "PLURALS", "SWITCHED", "Kind"]
 
 Kind = Literal[
-    "backend", "policy", "eviction", "middleware", "observer", "model source", "route", "command"
-]
+    "backend", "policy", "eviction", "grammar", "tool format", "middleware", "observer", "model source",
+    "route", "command",
+]  # fmt: skip
 
 HOOKS: dict[Kind, tuple[str, type[Descriptor]]] = {
     "backend": ("stoker_register_backends", BackendInfo),
     "policy": ("stoker_register_policies", PolicyInfo),
     "eviction": ("stoker_register_evictions", EvictionInfo),
+    "grammar": ("stoker_register_grammars", GrammarInfo),
+    "tool format": ("stoker_register_tool_formats", ToolFormatInfo),
     "middleware": ("stoker_register_middleware", MiddlewareInfo),
     "observer": ("stoker_register_observers", ObserverInfo),
     "model source": ("stoker_register_model_sources", ModelSourceInfo),
@@ -41,6 +46,8 @@ PLURALS: dict[Kind, str] = {
     "backend": "backends",
     "policy": "policies",
     "eviction": "evictions",
+    "grammar": "grammars",
+    "tool format": "tool formats",
     "middleware": "middleware",
     "observer": "observers",
     "model source": "model sources",

@@ -7,6 +7,7 @@ survives a new one; what a runtime cannot do is a field of its ``Capabilities``,
 
 from __future__ import annotations
 
+from stoker.grammar import Grammar, GrammarSpec, Matcher
 from stoker.interfaces.caching import (
     CacheEntry,
     CacheReport,
@@ -24,11 +25,13 @@ from stoker.interfaces.descriptors import (
     CommandInfo,
     Descriptor,
     EvictionInfo,
+    GrammarInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
     PolicyInfo,
     RouteInfo,
+    ToolFormatInfo,
 )
 from stoker.interfaces.policies import (
     MAX_DEFERRED,
@@ -61,6 +64,8 @@ from stoker.interfaces.serving import (
     TenantLoad,
 )
 from stoker.interfaces.streams import DeltaStream
+from stoker.interfaces.structured import GrammarCompiler, Tool, ToolChoice, ToolFormat
+from stoker.pieces import CallPiece, OutputParser, Piece, ReasoningPiece, TextPiece
 
 __all__ = [
     "API_VERSION",
@@ -72,6 +77,7 @@ __all__ = [
     "CacheEntry",
     "CacheReport",
     "CacheStats",
+    "CallPiece",
     "Capabilities",
     "CommandInfo",
     "DeltaStream",
@@ -80,16 +86,24 @@ __all__ = [
     "Eviction",
     "EvictionInfo",
     "EvictionStrategy",
+    "Grammar",
+    "GrammarCompiler",
+    "GrammarInfo",
+    "GrammarSpec",
     "LoadSettings",
     "LoadSnapshot",
+    "Matcher",
     "Middleware",
     "MiddlewareInfo",
     "ModelSource",
     "ModelSourceInfo",
     "Observer",
     "ObserverInfo",
+    "OutputParser",
+    "Piece",
     "PolicyContext",
     "PolicyInfo",
+    "ReasoningPiece",
     "Requantization",
     "RouteInfo",
     "Runtime",
@@ -103,8 +117,13 @@ __all__ = [
     "StoredPrefix",
     "TenantLoad",
     "TenantShare",
+    "TextPiece",
     "TierUsage",
     "Tokenizer",
+    "Tool",
+    "ToolChoice",
+    "ToolFormat",
+    "ToolFormatInfo",
     "Tunable",
     "TunableValue",
 ]

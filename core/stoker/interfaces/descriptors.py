@@ -11,6 +11,7 @@ from stoker.interfaces.caching import EvictionStrategy
 from stoker.interfaces.policies import SchedulingPolicy
 from stoker.interfaces.runtimes import Backend
 from stoker.interfaces.serving import Middleware, ModelSource, Observer
+from stoker.interfaces.structured import GrammarCompiler, ToolFormat
 
 if TYPE_CHECKING:
     import click
@@ -21,11 +22,13 @@ __all__ = [
     "CommandInfo",
     "Descriptor",
     "EvictionInfo",
+    "GrammarInfo",
     "MiddlewareInfo",
     "ModelSourceInfo",
     "ObserverInfo",
     "PolicyInfo",
     "RouteInfo",
+    "ToolFormatInfo",
 ]
 
 API_VERSION = 1
@@ -70,6 +73,27 @@ class EvictionInfo(Descriptor, frozen=True, kw_only=True):
     """
 
     factory: Callable[..., EvictionStrategy]
+
+
+class GrammarInfo(Descriptor, frozen=True, kw_only=True):
+    """Registers a ``GrammarCompiler``; one instance is built per model.
+
+    The factory is called ``factory(tokenizer, info)`` or ``factory(tokenizer, info, options)`` with the
+    model's ``Tokenizer`` and ``RuntimeInfo``.
+    """
+
+    factory: Callable[..., GrammarCompiler]
+
+
+class ToolFormatInfo(Descriptor, frozen=True, kw_only=True):
+    """Registers a ``ToolFormat``.
+
+    The factory is called with an instance of ``options`` if there is such a type, else with nothing.
+    """
+
+    factory: Callable[..., ToolFormat]
+    order: int = 100
+    """Of the formats that suit a model, the one with the lowest order is used."""
 
 
 class MiddlewareInfo(Descriptor, frozen=True, kw_only=True):
