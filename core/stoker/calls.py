@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stoker.errors import ContextLengthError, InvalidRequestError
+from stoker.fill_in import fill_in_prompt
 from stoker.grammar import GrammarSpec
 from stoker.interfaces import Tool, ToolChoice
 from stoker.types import Request, SamplingParams
@@ -50,6 +51,9 @@ class Call(msgspec.Struct, kw_only=True):
         continue_final_message: Whether the answer goes on where the last message, an assistant's, ends.
         grammar: What the output must look like.
         prediction: What the output will probably look like.
+        suffix: What follows the gap that the output is to fill.
+        user: Who asks, in the tenant's own words.
+        metadata: Free for middleware to read.
         wants_token_ids: Whether deltas carry token ids.
         wants_progress: Whether deltas without text tell how far the prompt is.
     """
@@ -74,6 +78,9 @@ class Call(msgspec.Struct, kw_only=True):
     continue_final_message: bool = False
     grammar: GrammarSpec | None = None
     prediction: str = ""
+    suffix: str | None = None
+    user: str = ""
+    metadata: Mapping[str, str] = {}
     wants_token_ids: bool = False
     wants_progress: bool = False
 
@@ -107,6 +114,8 @@ async def encode_prompt(routed: RoutedModel, call: Call) -> list[int]:
         if size < _OFF_THREAD_CHARS:
             return routed.template.encode(call.messages)
         return await asyncio.to_thread(routed.template.encode, call.messages)
+    if call.suffix is not None:
+        return fill_in_prompt(routed.client.tokenizer, call.prompt or "", call.suffix)
     if isinstance(call.prompt, list):
         return call.prompt
     # A completion's prompt is the developer's own: who renders a template on the client's side
@@ -158,7 +167,8 @@ def make_request(
         cache_salt=call.cache_salt,
         endpoint=call.endpoint,
         headers=call.headers,
-        metadata={},
+        user=call.user,
+        metadata=dict(call.metadata),
         response_headers={},
         wants_token_ids=call.wants_token_ids,
         wants_progress=call.wants_progress,
@@ -176,13 +186,14 @@ def _check_tokens(vocab_size: int, call: Call, prompt: Sequence[int]) -> None:
                 f"token id {token} is not in the vocabulary of {vocab_size} tokens",
                 param=call.prompt_field,
             )
-    for token in call.sampling.logit_bias:
-        if not 0 <= token < vocab_size:
-            raise InvalidRequestError(
-                f"logit_bias names token id {token}, which is not in the vocabulary of "
-                f"{vocab_size} tokens",
-                param="logit_bias",
-            )
+    for name in ("logit_bias", "stop_token_ids"):
+        for token in getattr(call.sampling, name):
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(
+                    f"{name} names token id {token}, which is not in the vocabulary of "
+                    f"{vocab_size} tokens",
+                    param=name,
+                )
 
 
 def check_length(

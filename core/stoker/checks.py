@@ -27,6 +27,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "server.reload_s": (0, math.inf),
     "server.max_unread_tokens": (1, math.inf),
     "server.reader_timeout_s": (0.001, math.inf),
+    "server.keep_alive_s": (0, math.inf),
     "server.history": _COUNT,
     "server.stalled_after_s": (1, math.inf),
     "models.lanes": (1, math.inf),

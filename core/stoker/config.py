@@ -52,6 +52,8 @@ class ServerConfig(Section, frozen=True, kw_only=True):
             it to SIGHUP.
         max_unread_tokens: Generated tokens that may wait for a slow reader; its request is then paused.
         reader_timeout_s: A reader that has read nothing for so long while its request was paused is dropped.
+        keep_alive_s: A stream without anything to send for so long gets a comment, so that nobody on the way
+            gives it up; 0 for none.
         history: How many ended requests ``GET /v1/requests/{id}`` remembers.
         stalled_after_s: ``/health`` fails when a loop shows no heartbeat for so long; above the time of
             the longest step.
@@ -72,6 +74,7 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     reload_s: float = 2.0
     max_unread_tokens: int = 4096
     reader_timeout_s: float = 30.0
+    keep_alive_s: float = 15.0
     history: int = 1000
     stalled_after_s: float = 120.0
 

@@ -35,9 +35,11 @@ if TYPE_CHECKING:
         EngineSnapshot,
         LoadSnapshot,
         Observer,
+        OutputParser,
         SchedulingPolicy,
         ServedModel,
         TenantLoad,
+        Tokenizer,
     )
 
 __all__ = [
@@ -81,6 +83,7 @@ class Generation:
         model: The model that serves it.
         stream: Its deltas.
         tracked: The API request it belongs to.
+        new_parser: Makes what tells calls and reasoning from an output's text; ``None`` if all is text.
         on_end: Awaited once when the last delta was read or the reader left.
     """
 
@@ -91,11 +94,13 @@ class Generation:
         stream: DeltaStream,
         tracked: TrackedRequest,
         on_end: Callable[[Generation], Awaitable[None]],
+        new_parser: Callable[[], OutputParser] | None = None,
     ) -> None:
         self.request = request
         self.model = model
         self.stream = stream
         self.tracked = tracked
+        self.new_parser = new_parser
         self._on_end = on_end
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
@@ -186,6 +191,10 @@ class Router:
         raise ModelNotFoundError(
             f"the model {model[:200]!r} is not served here; served: {names}", param="model"
         )
+
+    def tokenizer(self, model: str) -> Tokenizer:
+        """A model's tokenizer."""
+        return self._find(model).client.tokenizer
 
     def load(self, model: str) -> LoadSnapshot:
         """How busy a model is."""

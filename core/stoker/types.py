@@ -69,7 +69,8 @@ class Request(msgspec.Struct, kw_only=True):
         cache_salt: Only requests with the same salt reuse each other's KV.
         endpoint: ``"chat"``, ``"completion"`` or a plugin's own word.
         headers: The HTTP headers, lower-case names, for middleware; secrets removed.
-        metadata: Free for middleware to pass values along.
+        user: Who asks, in the tenant's own words; empty when nobody said.
+        metadata: What the client labelled it with; free for middleware to pass values along.
         response_headers: Headers that middleware wants the answer to have, lower-case names.
         grammar: What the output must look like; each sequence starts a matcher of its own.
         predicted_token_ids: What the output will probably look like: what drafts may be taken from.
@@ -90,6 +91,7 @@ class Request(msgspec.Struct, kw_only=True):
     cache_salt: str = ""
     endpoint: str = "completion"
     headers: Mapping[str, str] = {}
+    user: str = ""
     metadata: dict[str, Any] = {}
     response_headers: dict[str, str] = {}
     grammar: Grammar | None = None
@@ -428,6 +430,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
         error: What went wrong, for ``FinishReason.ERROR``.
         error_code: Its ``code`` for programs, such as ``deadline_exceeded``; ``None`` if it has none.
         trace: What the scheduler did with it.
+        user: Who asked, in the tenant's own words; empty when nobody said.
     """
 
     request_id: str
@@ -444,3 +447,4 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     error_code: str | None = None
     trace: SequenceTrace | None = None
+    user: str = ""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from stoker.api.schemas import ChatMessage, ChatRequest, CompletionRequest
+from stoker.api.request_schemas import ChatMessage, ChatRequest, CompletionRequest
 from stoker.api.validation import chat_calls, completion_calls
 from stoker.calls import Call, RoutedModel, make_request
 from stoker.config import AdmissionConfig, Config

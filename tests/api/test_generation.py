@@ -246,7 +246,10 @@ def test_roles_and_content_parts(client: httpx.Client) -> None:
     assert answer(system, user) == answer(developer, user) != answer(user)
     silent = {"role": "assistant", "content": None}
     assert answer(user, silent, user) == answer(user, {**silent, "content": ""}, user)
-    assert answer(user, {"role": "tool", "content": "4", "tool_call_id": "x"}) != answer(user)
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    caller = {"role": "assistant", "content": "let me see", "tool_calls": [call]}
+    result = {"role": "tool", "content": "4", "tool_call_id": "x"}
+    assert answer(user, caller, result) != answer(user, caller)
 
 
 def test_max_completion_tokens(client: httpx.Client) -> None:

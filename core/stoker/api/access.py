@@ -153,13 +153,16 @@ def _log(scope: Scope, status: int, seconds: float, context: RequestContext) -> 
     }
     if context.tenant != ANONYMOUS:
         fields["tenant"] = context.tenant
+    if context.user:
+        fields["user"] = context.user[:_MAX_USER]
     for name in ("model", "prompt_tokens", "completion_tokens", "error"):
         value = getattr(context, name)
         if value is not None:
             fields[name] = value
-    details = [f"{name}={fields[name]}" for name in fields if name not in _IN_MESSAGE]
+    details = [f"{name}={fields[name]!s}" for name in fields if name not in _IN_MESSAGE]
     message = "{method} {path} {status} {duration_ms} ms".format(**fields)
     logger.info("%s", " ".join([message, *details]), extra={"fields": fields})
 
 
+_MAX_USER = 128
 _IN_MESSAGE = {"method", "path", "status", "duration_ms"}

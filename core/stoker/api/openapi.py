@@ -23,13 +23,11 @@ from litestar.openapi.spec import (
 )
 
 from stoker import __version__
+from stoker.api.answer_schemas import ChatCompletion, Completion
 from stoker.api.cache_schemas import CacheList, ClearedCache
+from stoker.api.request_schemas import ChatRequest, CompletionRequest
 from stoker.api.schemas import (
     CancelledRequest,
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
     EngineList,
     ErrorBody,
     ModelList,

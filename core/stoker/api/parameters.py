@@ -10,7 +10,25 @@ from typing import Any
 
 import msgspec
 
-from stoker.api.schemas import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
+from stoker.api.request_schemas import (
+    AllowedTools,
+    CalledFunction,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    ContentPart,
+    FunctionDefinition,
+    JsonSchemaFormat,
+    NamedFunction,
+    Prediction,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputs,
+    ToolCallParam,
+    ToolChoiceParam,
+    ToolChoiceTool,
+    ToolParam,
+)
 from stoker.errors import InvalidRequestError
 from stoker.router import WARNING_HEADER
 
@@ -30,24 +48,17 @@ LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"}
 
 # Parameters of the OpenAI API, or of servers like it, that this server does not serve.
 _UNSUPPORTED = {
-    "audio", "best_of", "echo", "function_call", "functions", "guided_json", "guided_regex",
-    "include_obfuscation", "length_penalty", "logprobs", "modalities", "parallel_tool_calls",
-    "prediction", "prompt_cache_retention", "prompt_logprobs", "reasoning_effort", "refusal",
-    "response_format", "service_tier", "store", "suffix", "tool_calls", "tool_choice", "tools",
-    "top_logprobs", "use_beam_search", "verbosity", "web_search_options",
+    "audio", "bad_words", "detail", "file", "function_call", "functions", "guided_decoding_backend",
+    "guided_whitespace_pattern", "image_url", "include_obfuscation", "input_audio", "length_penalty",
+    "modalities", "moderation", "prompt_cache_options", "prompt_cache_retention", "store", "structural_tag",
+    "use_beam_search", "verbosity", "web_search_options",
 }  # fmt: skip
 
 # Values that ask for what happens anyway, beside null, false and empty ones.
 _AS_SERVED: dict[str, Sequence[Any]] = {
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True,),  # says how, not whether, to call tools
-    "service_tier": ("auto", "default"),
     "modalities": (["text"],),
     "verbosity": ("medium",),
-    "top_logprobs": (0,),
-    "best_of": (1,),
     "length_penalty": (1,),
 }
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
@@ -106,19 +117,46 @@ class KnownFields(msgspec.Struct, frozen=True):
         return cls(frozenset(names.union(also)), within or {}, frozenset(unsupported))
 
 
+_SHARED = {
+    "stream_options": KnownFields.of(StreamOptions),
+    "response_format": KnownFields.of(
+        ResponseFormat, within={"json_schema": KnownFields.of(JsonSchemaFormat)}
+    ),
+    "structured_outputs": KnownFields.of(StructuredOutputs),
+}
+_NAMED = {"function": KnownFields.of(NamedFunction)}
+_PARTS = KnownFields.of(ContentPart)
+
 CHAT_FIELDS = KnownFields.of(
     ChatRequest,
     also=LABELS,
     within={
-        "stream_options": KnownFields.of(StreamOptions),
-        "messages": KnownFields.of(ChatMessage),
+        **_SHARED,
+        "messages": KnownFields.of(
+            ChatMessage,
+            within={
+                "content": _PARTS,
+                "tool_calls": KnownFields.of(
+                    ToolCallParam, within={"function": KnownFields.of(CalledFunction)}
+                ),
+            },
+        ),
+        "tools": KnownFields.of(ToolParam, within={"function": KnownFields.of(FunctionDefinition)}),
+        "tool_choice": KnownFields.of(
+            ToolChoiceParam,
+            within={
+                **_NAMED,
+                "allowed_tools": KnownFields.of(
+                    AllowedTools, within={"tools": KnownFields.of(ToolChoiceTool, within=_NAMED)}
+                ),
+            },
+        ),
+        "prediction": KnownFields.of(Prediction, within={"content": _PARTS}),
     },
 )
 """What ``/v1/chat/completions`` serves."""
 
-COMPLETION_FIELDS = KnownFields.of(
-    CompletionRequest, also=LABELS, within={"stream_options": KnownFields.of(StreamOptions)}
-)
+COMPLETION_FIELDS = KnownFields.of(CompletionRequest, also=LABELS, within=_SHARED)
 """What ``/v1/completions`` serves."""
 
 

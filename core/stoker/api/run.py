@@ -1,14 +1,21 @@
 """The generations of one HTTP request: started together, read as one, aborted together."""
 
 import asyncio
+import bisect
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Sequence
 
+from stoker.api.answer_schemas import (
+    CompletionTokensDetails,
+    PromptTokensDetails,
+    Timings,
+    UsageBody,
+)
 from stoker.api.errors import ClientDisconnectedError
-from stoker.api.schemas import PromptTokensDetails, UsageBody
 from stoker.errors import EngineError, SlowReaderError, UnavailableError
 from stoker.history import TrackedRequest
+from stoker.interfaces import OutputParser
 from stoker.logs import CURRENT_REQUEST
 from stoker.router import Call, Generation, Router
 from stoker.types import Delta, FinishReason
@@ -33,6 +40,7 @@ class Run:
         model: The model's id.
         num_choices: Sequences of all generations.
         headers: What middleware wants the answer's headers to be; of several generations, the last wins.
+        reasoning_tokens: Of the generated tokens, those that whoever reads told to be reasoning.
     """
 
     def __init__(self, generations: Sequence[Generation]) -> None:
@@ -47,11 +55,58 @@ class Run:
         self._num_open = self.num_choices
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}  # by generation's offset
+        self.reasoning_tokens = 0
 
     @property
     def tracked(self) -> TrackedRequest:
         """What is known of the whole request."""
         return self._generations[0].tracked
+
+    def prompt_token_ids(self, index: int) -> list[int]:
+        """The prompt of a choice."""
+        return list(self._generation(index).request.prompt_token_ids)
+
+    def new_parser(self, index: int) -> OutputParser | None:
+        """What tells calls and reasoning from a choice's text; ``None`` if all of it is text."""
+        make = self._generation(index).new_parser
+        return None if make is None else make()
+
+    @property
+    def has_parsers(self) -> bool:
+        """Whether some choice has more to tell than text."""
+        return any(generation.new_parser is not None for generation in self._generations)
+
+    def prompt_index(self, index: int) -> int:
+        """Which of the run's prompts a choice answers."""
+        return bisect.bisect_right(self._offsets, index) - 1
+
+    def _generation(self, index: int) -> Generation:
+        return self._generations[self.prompt_index(index)]
+
+    def timings(self) -> Timings:
+        """How long it took, as of now; of several choices the slowest of each."""
+        traces = self.tracked.traces()
+        cached = min((trace.cached_tokens for trace in traces), default=0)
+        computed = sum(trace.computed_tokens for trace in traces)
+        generated = sum(trace.completion_tokens for trace in traces)
+        queue_s = max((trace.queue_s for trace in traces), default=0.0)
+        first_s = max((trace.time_to_first_token_s or 0.0 for trace in traces), default=0.0)
+        prompt_s = max(0.0, first_s - queue_s)
+        rates = [trace.tokens_per_s for trace in traces if trace.tokens_per_s]
+        after_first = max((trace.completion_tokens - 1 for trace in traces), default=0)
+        predicted_s = after_first / min(rates) if rates else 0.0
+        return Timings(
+            cache_n=cached,
+            prompt_n=computed,
+            prompt_ms=prompt_s * 1e3,
+            prompt_per_token_ms=prompt_s * 1e3 / computed if computed else 0.0,
+            prompt_per_second=computed / prompt_s if prompt_s else 0.0,
+            predicted_n=generated,
+            predicted_ms=predicted_s * 1e3,
+            predicted_per_token_ms=predicted_s * 1e3 / after_first if after_first > 0 else 0.0,
+            predicted_per_second=sum(rates),
+            queue_ms=queue_s * 1e3,
+        )
 
     async def batches(self) -> AsyncGenerator[tuple[int, list[Delta]], None]:
         """Yield batches of deltas, each with what to add to its deltas' indices.
@@ -130,14 +185,21 @@ class Run:
             raise _stopped()
         return _NAMES[delta.finish_reason]
 
-    def usage(self) -> UsageBody:
-        """Token counts of what has finished so far."""
+    def usage(self, more_tokens: int = 0) -> UsageBody:
+        """Token counts of what has finished so far.
+
+        Args:
+            more_tokens: Tokens of what has not.
+        """
         prompt = sum(len(g.request.prompt_token_ids) for g in self._generations)
         return UsageBody(
             prompt_tokens=prompt,
-            completion_tokens=self._completion_tokens,
-            total_tokens=prompt + self._completion_tokens,
+            completion_tokens=self._completion_tokens + more_tokens,
+            total_tokens=prompt + self._completion_tokens + more_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached.values())),
+            completion_tokens_details=CompletionTokensDetails(
+                reasoning_tokens=self.reasoning_tokens
+            ),
         )
 
     def close(self, error: BaseException | None = None) -> None:

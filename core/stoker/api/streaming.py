@@ -1,111 +1,33 @@
-"""Server-sent events: one event for each delta with text, one chunk of bytes for each batch.
-
-The hot path of the API. Only the text of an event is encoded; what surrounds it is made once for each
-choice, and the encoder once for the process.
-"""
+"""Streams of server-sent events: a chunk of bytes for each batch of deltas, and how it is sent."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
 
-import msgspec
 from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
 
 from stoker.api.connection import break_off
-from stoker.api.errors import describe
+from stoker.api.events import StreamEncoder
 from stoker.api.requests import Explain
 from stoker.api.run import Run
-from stoker.api.schemas import UsageBody
 from stoker.errors import SlowReaderError
 from stoker.logs import CURRENT_REQUEST
 
-__all__ = ["EventEncoder", "EventStream", "stream_events", "wait_until_gone"]
+__all__ = ["EventStream", "stream_events", "wait_until_gone"]
 
-_encode = msgspec.json.Encoder().encode
-_DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
 _MAX_EVENTS = 256  # of one chunk: a reader that fell behind gets what piled up in pieces
 
 
-class EventEncoder:
-    """Makes the events of one stream.
-
-    Args:
-        chat: Chat chunks, or text completion chunks.
-        response_id: The ``id`` of all chunks.
-        created: Seconds since 1970.
-        model: The model's id.
-        fingerprint: The ``system_fingerprint`` of all chunks.
-        include_usage: Whether chunks have a ``usage``, which is ``null`` in all but the last.
-    """
-
-    def __init__(
-        self,
-        *,
-        chat: bool,
-        response_id: str,
-        created: int,
-        model: str,
-        fingerprint: str,
-        include_usage: bool,
-    ) -> None:
-        head = {
-            "id": response_id,
-            "object": "chat.completion.chunk" if chat else "text_completion",
-            "created": created,
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-        self._chat = chat
-        self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
-        self._end = b"]" + (b',"usage":null' if include_usage else b"") + b"}\n\n"
-        close = b"}" if chat else b""
-        self._after = close + b',"logprobs":null,"finish_reason":null}' + self._end
-        self._before: dict[int, bytes] = {}
-
-    def text(self, index: int, text: str) -> bytes:
-        """The event of some new text; the first of a chat choice comes with its role event."""
-        before = self._before.get(index)
-        if before is None:
-            return self.start(index) + self.text(index, text)
-        return before + _encode(text) + self._after
-
-    def start(self, index: int) -> bytes:
-        """What comes before a choice's first event; nothing if it has begun."""
-        if index in self._before:
-            return b""
-        choice = b'%s{"index":%d,' % (self._head, index)
-        if not self._chat:
-            self._before[index] = choice + b'"text":'
-            return b""
-        self._before[index] = choice + b'"delta":{"content":'
-        return choice + b'"delta":{"role":"assistant","content":""' + self._after
-
-    def finish(self, index: int, reason: str) -> bytes:
-        """The last event of a choice."""
-        content = b'"delta":{}' if self._chat else b'"text":""'
-        return (
-            self.start(index)
-            + b'%s{"index":%d,' % (self._head, index)
-            + content
-            + b',"logprobs":null,"finish_reason":"%s"}' % reason.encode()
-            + self._end
-        )
-
-    def usage(self, usage: UsageBody) -> bytes:
-        """The event with the token counts."""
-        return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
-
-
 async def stream_events(
-    run: Run, encoder: EventEncoder, *, include_usage: bool, explain: Explain | None = None
+    run: Run, encoder: StreamEncoder, explain: Explain | None = None
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the stream's bytes; an error becomes the last event, without ``[DONE]``.
+    """Yield the stream's bytes; an error becomes the last event.
 
     Args:
         run: What to stream.
         encoder: Makes its events.
-        include_usage: Whether the token counts come last.
         explain: If given, what it says becomes a comment before the end.
 
     Raises:
@@ -113,36 +35,36 @@ async def stream_events(
     """
     events: list[bytes] = []
     has_begun = False
+    begin = encoder.begin()
     try:
         async with contextlib.aclosing(run.batches()) as batches:
             async for offset, batch in batches:
                 for delta in batch:
                     index = offset + delta.index
-                    if delta.text:
-                        events.append(encoder.text(index, delta.text))
+                    event = encoder.delta(index, delta)
+                    if event:
+                        events.append(event)
                     if delta.finish_reason is not None:
-                        events.append(encoder.finish(index, run.finish(offset, delta)))
+                        events.append(encoder.finish(index, delta, run.finish(offset, delta)))
                     if len(events) >= _MAX_EVENTS:
-                        has_begun = True
-                        yield _join(events)
+                        has_begun, begin = True, b"".join((begin, *events))
+                        events.clear()
+                        yield begin
+                        begin = b""
                 if events:
-                    has_begun = True
-                    yield _join(events)
+                    has_begun, begin = True, b"".join((begin, *events))
+                    events.clear()
+                    yield begin
+                    begin = b""
     except Exception as error:
         if not (has_begun or events):
             raise
         context = CURRENT_REQUEST.get()
         if context is not None:
             context.error = type(error).__name__
-        yield _join(events) + _comment(explain) + b"data: " + describe(error).body() + b"\n\n"
+        yield begin + b"".join(events) + _comment(explain) + encoder.error(error)
         return
-    yield (encoder.usage(run.usage()) if include_usage else b"") + _comment(explain) + _DONE
-
-
-def _join(events: list[bytes]) -> bytes:
-    chunk = b"".join(events)
-    events.clear()
-    return chunk
+    yield begin + encoder.end(_comment(explain))
 
 
 def _comment(explain: Explain | None) -> bytes:
@@ -155,25 +77,35 @@ class EventStream(ASGIResponse):
     A client that went away ends it. So does one that stays but stops reading, for the engine pauses it and
     gives it up at last; and what is left to send after the last token must move on within the same time.
 
+    A stream whose first bytes are not there yet is begun all the same, and kept alive by comments: then an
+    error before them is an event, too. So is a stream that pauses.
+
     Args:
-        first: The stream's first bytes.
+        first: Becomes the stream's first bytes.
         events: The rest of them.
         run: What they come from.
+        encoder: Makes the event of an error before the first bytes.
         headers: More headers.
         reader_timeout_s: How long nothing may be read once nothing more is generated.
+        keep_alive_s: After so long without anything to send, a comment is sent; 0 for none.
     """
 
-    __slots__ = ("_events", "_first", "_num_sent", "_reader_timeout_s", "_run")
+    __slots__ = (
+        *("_encoder", "_events", "_first", "_is_sending", "_keep_alive_s", "_num_sent"),
+        *("_reader_timeout_s", "_run"),
+    )
 
     _should_set_content_length = False
 
     def __init__(
         self,
-        first: bytes,
+        first: asyncio.Future[bytes],
         events: AsyncGenerator[bytes, None],
         run: Run,
+        encoder: StreamEncoder,
         headers: Mapping[str, str],
         reader_timeout_s: float,
+        keep_alive_s: float = 0.0,
     ) -> None:
         super().__init__(
             media_type="text/event-stream",
@@ -182,8 +114,11 @@ class EventStream(ASGIResponse):
         self._first = first
         self._events = events
         self._run = run
+        self._encoder = encoder
         self._reader_timeout_s = reader_timeout_s
+        self._keep_alive_s = keep_alive_s
         self._num_sent = 0
+        self._is_sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -201,9 +136,11 @@ class EventStream(ASGIResponse):
         sending = asyncio.ensure_future(self._send(send))
         gone = asyncio.ensure_future(wait_until_gone(receive))
         stalled = asyncio.ensure_future(self._wait_until_stalled())
-        tasks = (sending, gone, stalled)
+        tasks = [sending, gone, stalled]
+        if self._keep_alive_s:
+            tasks.append(asyncio.ensure_future(self._keep_alive(send)))
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks[:3], return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
             elif stalled.done() and not gone.done():
@@ -219,14 +156,32 @@ class EventStream(ASGIResponse):
 
     async def _send(self, send: Send) -> None:
         await self.start_response(send)
-        await self._send_chunk(send, self._first)
+        if not self._first.done():
+            await self._send_chunk(send, _KEEP_ALIVE)
+        try:
+            first = await self._first
+        except Exception as error:  # noqa: BLE001 - too late for a status: whatever it is, it is told
+            first = self._encoder.error(error)
+        await self._send_chunk(send, first)
         async for chunk in self._events:
             await self._send_chunk(send, chunk)
+        self._is_sending = True  # for good
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_chunk(self, send: Send, chunk: bytes) -> None:
+        self._is_sending = True
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._is_sending = False
         self._num_sent += 1
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment whenever nothing was sent for long: proxies and clients give up on silence."""
+        num_sent = -1
+        while True:
+            if num_sent == self._num_sent and num_sent and not self._is_sending:
+                await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+            num_sent = self._num_sent
+            await asyncio.sleep(self._keep_alive_s)
 
     async def _wait_until_stalled(self) -> None:
         """Return once nothing more is generated and the client does not take what is there."""

@@ -341,4 +341,5 @@ class Sequence:
             error=None if self.error is None else str(self.error),
             error_code=self.error.code if isinstance(self.error, RequestError) else None,
             trace=trace,
+            user=self.request.user,
         )

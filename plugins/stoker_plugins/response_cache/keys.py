@@ -18,7 +18,7 @@ CACHE_HEADER = "x-stoker-cache"
 IRRELEVANT = frozenset(
     {
         *("request_id", "priority", "arrival_s", "queue_deadline_s", "deadline_s"),
-        *("headers", "metadata", "response_headers"),
+        *("headers", "metadata", "response_headers", "user"),
         "tenant",  # hashed by itself where tenants are kept apart
     }
 )
