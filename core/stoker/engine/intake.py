@@ -25,13 +25,14 @@ class Intake:
         max_total_tokens: Most tokens of prompt and output together.
 
     Attributes:
-        names: What the model's tokens are called.
+        token_text: The text of each of the model's tokens.
+        names: What they are called.
     """
 
     def __init__(self, runtime: Runtime, max_total_tokens: int) -> None:
         self._end_token_ids = runtime.info.end_token_ids
         self._max_total_tokens = max_total_tokens
-        self._token_text = TokenText(runtime.tokenizer.token_bytes)
+        self.token_text = TokenText(runtime.tokenizer.token_bytes)
         self.names = TokenNames(runtime.tokenizer)
 
     def sequences(self, stream: RequestStream) -> list[Sequence]:
@@ -42,7 +43,7 @@ class Intake:
         request = stream.request
         params = request.sampling
         detokenizer = Detokenizer(
-            self._token_text,
+            self.token_text,
             params.stop,
             include_stop=params.include_stop,
             min_tokens=params.min_tokens,
