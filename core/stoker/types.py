@@ -147,6 +147,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             the prompt; ``None`` for the first one, which nothing predicts.
         stop: With ``FinishReason.STOP``: the stop string or token id that ended it; ``None`` for an end.
         num_prefilled: If the request wants progress: prompt tokens whose KV is there; 0 once it decodes.
+        cumulative_logprob: On the last delta, if the request wants log-probabilities: their sum over all of
+            the sequence's tokens, also those that only ended it (as ``usage.completion_tokens`` counts them).
     """
 
     index: int = 0
@@ -160,6 +162,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     stop: str | int | None = None
     num_prefilled: int = 0
+    cumulative_logprob: float | None = None
 
 
 @dataclass(slots=True)

@@ -588,14 +588,14 @@ def test_a_tokenizer_that_raises_for_one_token_fails_who_sampled_it() -> None:
     letter = next(
         c for c in "zqxjkvbpgwyfmcuh" if 0 < sum(c in text for text in texts) < len(texts)
     )
-    token_bytes = harness.engine._token_text.token_bytes
+    token_bytes = harness.engine._intake.token_text.token_bytes
 
     def broken(token: int) -> bytes:
         if token == ord(letter):
             raise IndexError("no such piece")
         return token_bytes(token)
 
-    harness.engine._token_text.token_bytes = broken
+    harness.engine._intake.token_text.token_bytes = broken
     harness.run(300)
     for request, text in zip(requests, texts, strict=True):
         last = request.finish()

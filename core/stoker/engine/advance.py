@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stoker.engine.sampler import NOT_FINITE
 from stoker.errors import EngineError
-from stoker.types import FinishReason
+from stoker.types import FinishReason, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
+    from stoker.engine.ledger import OutputLedger
     from stoker.engine.sequence import Sequence
 
 __all__ = ["Advance", "advance"]
@@ -25,41 +27,88 @@ class Advance:
         text: Their text, as far as it is certain.
         reason: Why it ends; ``None`` if it goes on or failed.
         error: Why it failed: an ``EngineError``, or whatever the tokenizer raised.
+        stop: The stop string or stop token that ended it.
+        token_ids: The tokens, if they are wanted.
+        logprobs: What is to be told of tokens whose text is out now.
     """
 
     num_tokens: int = 0
     text: str = ""
     reason: FinishReason | None = None
     error: Exception | None = None
+    stop: str | int | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
-def advance(sequence: Sequence, tokens: list[int], end_token_ids: Collection[int]) -> Advance:
+def advance(
+    sequence: Sequence,
+    tokens: list[int],
+    end_token_ids: Collection[int],
+    entries: Rows[TokenLogprob] | None = None,
+) -> Advance:
     """Add sampled tokens to a sequence, up to the one that ends it.
 
     Args:
         sequence: A sequence that decodes.
         tokens: What was sampled for it, at least one; what follows the end is dropped.
         end_token_ids: Tokens that end a generation.
+        entries: What is to be told of each of them, if anything.
     """
     done = Advance()
+    sampling, detokenizer, ledger = sequence.sampling, sequence.detokenizer, sequence.ledger
     for token in tokens:
         if token == NOT_FINITE:
             done.error = EngineError("the model produced logits that are not finite")
             break
         sequence.append(token)
         done.num_tokens += 1
-        if token in end_token_ids and not sequence.sampling.ignore_eos:
-            done.reason = FinishReason.STOP
+        is_end = token in end_token_ids or token in sampling.stop_token_ids
+        if is_end and _ends(done, token, end_token_ids, sampling):
             break
         try:
-            done.text += sequence.detokenizer.push(token)
+            if ledger is None:
+                done.text += detokenizer.push(token)
+            else:
+                entry = entries[done.num_tokens - 1] if entries else None
+                done.text += ledger.push(token, entry, detokenizer)
         except Exception as error:  # noqa: BLE001 - a tokenizer may raise anything, too
             done.error = error
             break
-        if sequence.detokenizer.stopped:
-            done.reason = FinishReason.STOP
-        elif sequence.num_output >= sequence.max_tokens:
+        if detokenizer.stopped:
+            done.reason, done.stop = FinishReason.STOP, detokenizer.stop_string
+        elif done.reason is None and sequence.num_output >= sequence.max_tokens:
             done.reason = FinishReason.LENGTH
         if done.reason is not None:
             break
+    if ledger is not None:
+        _tell(done, tokens, entries or (), sequence, ledger)
     return done
+
+
+def _ends(
+    done: Advance, token: int, end_token_ids: Collection[int], sampling: SamplingParams
+) -> bool:
+    """Note that a token ends the output, if it does; returns whether it is no part of the text."""
+    if token in end_token_ids and not sampling.ignore_eos:
+        done.reason = FinishReason.STOP
+        return True
+    if token not in sampling.stop_token_ids:
+        return False
+    done.reason, done.stop = FinishReason.STOP, token
+    return not sampling.include_stop
+
+
+def _tell(
+    done: Advance,
+    tokens: list[int],
+    entries: Rows[TokenLogprob],
+    sequence: Sequence,
+    ledger: OutputLedger,
+) -> None:
+    """Note what the reader wants to know of the tokens."""
+    if ledger.wants_token_ids:
+        done.token_ids = tuple(tokens[: done.num_tokens])
+    if entries:
+        ledger.cumulative_logprob += sum(e.logprob for e in entries[: done.num_tokens])
+        done.logprobs = ledger.release(sequence.detokenizer)

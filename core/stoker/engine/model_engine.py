@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,11 @@ from stoker.config import SpeculationConfig
 from stoker.engine import sampler
 from stoker.engine.advance import Advance, advance
 from stoker.engine.costs import OutputModel
-from stoker.engine.detokenizer import Detokenizer, TokenText
+from stoker.engine.deltas import delta_of, last_delta
+from stoker.engine.intake import Intake
 from stoker.engine.isolation import FailureIsolation
 from stoker.engine.lanes import LanePool
+from stoker.engine.logprobs import LogprobTeller
 from stoker.engine.plan import Plan
 from stoker.engine.readers import ReaderLimits, SlowReaders
 from stoker.engine.reporting import Reporter
@@ -24,7 +26,7 @@ from stoker.engine.waiting import WaitingTable
 from stoker.errors import DeadlineError, EngineError, RequestError
 from stoker.interfaces import EngineSnapshot, LoadSnapshot, TenantLoad
 from stoker.tenants import Tenants
-from stoker.types import Delta, FinishReason, Request
+from stoker.types import Delta, FinishReason, Request, TokenLogprob
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,7 +120,8 @@ class ModelEngine:
         self._waiting = WaitingTable()
         self._outputs = OutputModel()
         self._reporter = Reporter(self.scheduler, observers, clock)
-        self._token_text = TokenText(runtime.tokenizer.token_bytes)
+        self._intake = Intake(runtime, self.max_total_tokens)
+        self._logprobs = LogprobTeller(self._intake.names)
         self._sequences: dict[RequestStream, list[Sequence]] = {}
         self._num_failures = 0
         self._step_started_s: float | None = None
@@ -175,16 +178,7 @@ class ModelEngine:
     def submit(self, stream: RequestStream) -> None:
         """Turn a request into sequences and queue them."""
         request = stream.request
-        sequences = [
-            Sequence(
-                request,
-                index,
-                stream,
-                Detokenizer(self._token_text, request.sampling.stop),
-                self.max_total_tokens,
-            )
-            for index in range(request.n)
-        ]
+        sequences = self._intake.sequences(stream)
         ahead = self._waiting.ahead_of(request)
         for sequence in sequences:
             facts = sequence.facts
@@ -198,6 +192,7 @@ class ModelEngine:
             sequence.view = sequence.snapshot()
         stream.sequences = tuple(sequences)
         self._sequences[stream] = sequences
+        self._logprobs.num_asking += len(sequences) * (request.sampling.logprobs is not None)
         for sequence in sequences:
             self.scheduler.add(sequence)
 
@@ -290,10 +285,11 @@ class ModelEngine:
             sampled = plan.sampled()
             runtime_s = self.clock() - started_s
             tokens = self._sample(logits, sampled, plan) if sampled else []
+            entries = self._logprobs.of_step(logits, sampled, tokens, plan)
         except Exception as error:  # noqa: BLE001 - a runtime may raise anything; others must go on
             self._isolate(plan, error, gaps, outbox)
             return self.clock() - started_s
-        self._update(plan, sampled, tokens, gaps, outbox)
+        self._update(plan, sampled, tokens, entries, gaps, outbox)
         return runtime_s
 
     def _sample(
@@ -330,26 +326,21 @@ class ModelEngine:
             self.speculator.take_back(plan)
 
     def _fail(
-        self,
-        sequence: Sequence,
-        error: Exception,
-        outbox: Outbox,
-        *,
-        text: str = "",
-        num_tokens: int = 0,
+        self, sequence: Sequence, error: Exception, outbox: Outbox, done: Advance | None = None
     ) -> None:
         """End a sequence that could not be computed."""
         # What is in its lane is not to be trusted.
         sequence.num_computed = 0
         if not isinstance(error, EngineError | RequestError):
             error = EngineError(f"the model's runtime failed: {type(error).__name__}")
-        self._finish(sequence, FinishReason.ERROR, outbox, error, text=text, num_tokens=num_tokens)
+        self._finish(sequence, FinishReason.ERROR, outbox, error, done)
 
     def _update(
         self,
         plan: Plan,
         sampled: list[Sequence],
         tokens: list[list[int]],
+        entries: Mapping[int, list[TokenLogprob]],
         gaps: list[float],
         outbox: Outbox,
     ) -> None:
@@ -366,7 +357,8 @@ class ModelEngine:
             sequence.num_known = max(sequence.num_known, sequence.num_computed)
         now_s = self.clock()
         for sequence, found in zip(sampled, tokens, strict=True):
-            done = advance(sequence, found, self.runtime.info.end_token_ids)
+            told = entries.get(sequence.sequence_id) if entries else None
+            done = advance(sequence, found, self.runtime.info.end_token_ids, told)
             if done.num_tokens:
                 if sequence.status is SequenceStatus.PREFILL:
                     sequence.move_to(SequenceStatus.DECODE)
@@ -388,17 +380,16 @@ class ModelEngine:
             if not isinstance(error, EngineError):
                 logger.error("model %s: a token has no text", self.model, exc_info=error)
                 self._num_failures += 1
-            self._fail(sequence, error, outbox, text=done.text, num_tokens=done.num_tokens)
+            self._fail(sequence, error, outbox, done)
         elif done.reason is not None:
-            self._finish(sequence, done.reason, outbox, text=done.text, num_tokens=done.num_tokens)
+            self._finish(sequence, done.reason, outbox, done=done)
         else:
             stream = sequence.stream
-            outbox.append(
-                (
-                    stream,
-                    Delta(index=sequence.index, text=done.text, num_tokens=done.num_tokens),
-                )
-            )
+            if sequence.ledger is None:
+                delta = Delta(index=sequence.index, text=done.text, num_tokens=done.num_tokens)
+            else:
+                delta = delta_of(sequence, done)
+            outbox.append((stream, delta))
             stream.num_sent += 1
             if stream.num_sent - stream.num_read > self._readers.max_unread:
                 self._readers.is_slow(sequence)
@@ -409,14 +400,13 @@ class ModelEngine:
         reason: FinishReason,
         outbox: Outbox,
         error: Exception | None = None,
-        *,
-        text: str = "",
-        num_tokens: int = 0,
+        done: Advance | None = None,
     ) -> None:
         """End a sequence: free its lane, deliver its last delta, tell the observers."""
-        tail = sequence.detokenizer.finish()
-        if sequence.detokenizer.stopped and reason is FinishReason.LENGTH:
-            reason = FinishReason.STOP
+        delta = last_delta(sequence, reason, error, done or Advance())
+        reason = delta.finish_reason or reason
+        if sequence.sampling.logprobs is not None:
+            self._logprobs.num_asking -= 1
         if sequence.admitted_s is None:
             self._waiting.remove(sequence.request)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -437,14 +427,6 @@ class ModelEngine:
         siblings.remove(sequence)
         if not siblings:
             del self._sequences[stream]
-        delta = Delta(
-            index=sequence.index,
-            text=text + tail,
-            num_tokens=num_tokens,
-            finish_reason=reason,
-            error=error,
-            usage=sequence.usage(),
-        )
         outbox.append((stream, delta))
         self._reporter.finished(record)
 

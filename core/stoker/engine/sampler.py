@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stoker.engine.filters import head as _head
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from collections.abc import Sequence as Rows
@@ -30,7 +32,6 @@ NOT_FINITE = -1
 
 _MASK64 = (1 << 64) - 1
 _FIRST_HEAD = 256  # candidates to rank before top-p looks further
-_MIN_GROUPS = 256
 _BLOCK = 256
 
 
@@ -95,7 +96,7 @@ def sample(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[int]:
     """
     chosen = _likeliest(logits)
     for row, sequence in enumerate(sequences):
-        if chosen[row] != NOT_FINITE and not _is_plain_greedy(sequence.sampling):
+        if chosen[row] != NOT_FINITE and not _is_plain_greedy(sequence):
             chosen[row] = _sample_row(logits[row], sequence)
     return chosen
 
@@ -127,7 +128,7 @@ def verify(
         found = drafts.get(sequence.sequence_id)
         draft: list[int] = [] if found is None else found.tolist()
         end = row + len(draft) + 1
-        if _is_plain_greedy(sequence.sampling):
+        if _is_plain_greedy(sequence):
             tokens = likeliest[row:end]
             wrong = (at for at, token in enumerate(draft) if tokens[at] != token)
             chosen.append(tokens[: next(wrong, len(draft)) + 1])
@@ -169,9 +170,11 @@ def _likeliest(logits: NDArray[np.float32]) -> list[int]:
     return likeliest
 
 
-def _is_plain_greedy(params: SamplingParams) -> bool:
+def _is_plain_greedy(sequence: Sequence) -> bool:
+    params = sequence.sampling
     return (
         params.temperature == 0.0
+        and sequence.rules is None
         and not params.logit_bias
         and params.repetition_penalty == 1.0
         and params.presence_penalty == 0.0
@@ -182,6 +185,8 @@ def _is_plain_greedy(params: SamplingParams) -> bool:
 def _sample_row(row: NDArray[np.float32], sequence: Sequence) -> int:
     params = sequence.sampling
     row = _adjusted(row, sequence)
+    if sequence.rules is not None:
+        row = sequence.rules.apply(row, sequence)
     if params.temperature == 0.0:
         return int(row.argmax())
     ids, probabilities = _candidates(row, params)
@@ -232,22 +237,6 @@ def _candidates(
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
     return ids, weights
-
-
-def _head(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """Indices of the k largest values, largest first, ties by index.
-
-    The k largest peaks of disjoint groups are k values: nothing below the least of them is in the head.
-    What is left to rank is a handful; numpy's partition of the whole vocabulary takes ten times as long.
-    """
-    groups = min(len(values), max(_MIN_GROUPS, 4 * k))
-    whole = len(values) // groups * groups
-    peaks = values[:whole].reshape(-1, groups).max(axis=0)
-    if whole < len(values):
-        peaks = np.append(peaks, values[whole:].max())
-    threshold = np.partition(peaks, len(peaks) - k)[len(peaks) - k]
-    ids = np.flatnonzero(values >= threshold)
-    return ids[np.argsort(-values[ids], kind="stable")[:k]]
 
 
 def _draw(weights: NDArray[np.float32], draw: float) -> int:

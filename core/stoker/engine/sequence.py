@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from stoker.engine.client import RequestStream
     from stoker.engine.detokenizer import Detokenizer
+    from stoker.engine.filters import TokenRules
+    from stoker.engine.ledger import OutputLedger
     from stoker.engine.sampler import TokenCounts
 
 __all__ = ["NO_LANE", "Facts", "Sequence", "SequenceStatus"]
@@ -105,6 +107,8 @@ class Sequence:
         output_at_admission: Tokens generated when it last got its lane.
         failed_at: Tokens generated when a failed step last cost it its lane; -1 if none ever did.
         paused_at_s: Since when it waits for its reader.
+        rules: What its logits need beyond bias and penalties.
+        ledger: What its deltas tell beyond text.
         facts: What is told about it.
     """
 
@@ -122,6 +126,7 @@ class Sequence:
         "index",
         "lane",
         "last_token_s",
+        "ledger",
         "max_tokens",
         "num_cached",
         "num_computed",
@@ -134,6 +139,7 @@ class Sequence:
         "output_at_admission",
         "paused_at_s",
         "request",
+        "rules",
         "sampling",
         "seed",
         "sequence_id",
@@ -175,6 +181,8 @@ class Sequence:
         # Sequences of one request must differ from each other, reproducibly.
         self.seed = (base + index * 0x9E3779B97F4A7C15) & _MASK64
         self.counts: TokenCounts | None = None
+        self.rules: TokenRules | None = None
+        self.ledger: OutputLedger | None = None
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None

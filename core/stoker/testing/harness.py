@@ -146,20 +146,17 @@ class EngineHarness:
         cache_salt: str = "",
         queue_deadline_s: float | None = None,
         deadline_s: float | None = None,
+        predicted: str | Sequence[int] = (),
+        wants_token_ids: bool = False,
+        wants_progress: bool = False,
         **sampling: Any,
     ) -> Submitted:
         """Queue a request; ``sampling`` are fields of ``SamplingParams`` (greedy, 16 tokens by default)."""
-        encode = self.runtime.tokenizer.encode
-        tokens = (
-            encode(prompt, add_special=False, parse_special=True)
-            if isinstance(prompt, str)
-            else list(prompt)
-        )
         self.num_submitted += 1
         request = Request(
             request_id=f"request-{self.num_submitted}",
             model="model",
-            prompt_token_ids=tokens,
+            prompt_token_ids=self._tokens(prompt),
             sampling=SamplingParams(**({"temperature": 0.0, "max_tokens": 16} | sampling)),
             n=n,
             priority=priority,
@@ -168,11 +165,19 @@ class EngineHarness:
             arrival_s=self.clock(),
             queue_deadline_s=queue_deadline_s,
             deadline_s=deadline_s,
+            predicted_token_ids=self._tokens(predicted),
+            wants_token_ids=wants_token_ids,
+            wants_progress=wants_progress,
         )
         submitted = Submitted(request)
         self.engine.count_submitted(request)
         self.engine.submit(_as_stream(submitted))
         return submitted
+
+    def _tokens(self, text: str | Sequence[int]) -> list[int]:
+        if not isinstance(text, str):
+            return list(text)
+        return self.runtime.tokenizer.encode(text, add_special=False, parse_special=True)
 
     def abort(self, submitted: Submitted) -> None:
         """Abort a request, as its reader would."""

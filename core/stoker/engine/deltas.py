@@ -1,0 +1,60 @@
+"""What became of a sequence in a step, as its reader is told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stoker.types import Delta, FinishReason
+
+if TYPE_CHECKING:
+    from stoker.engine.advance import Advance
+    from stoker.engine.sequence import Sequence
+
+__all__ = ["delta_of", "last_delta"]
+
+
+def delta_of(sequence: Sequence, done: Advance) -> Delta:
+    """The delta of a sequence that goes on, with all that its reader wants to know."""
+    return Delta(
+        index=sequence.index,
+        text=done.text,
+        num_tokens=done.num_tokens,
+        token_ids=done.token_ids,
+        logprobs=done.logprobs,
+    )
+
+
+def last_delta(
+    sequence: Sequence, reason: FinishReason, error: Exception | None, done: Advance
+) -> Delta:
+    """The last delta of a sequence: with the text that was held back, and its counts.
+
+    Args:
+        sequence: The sequence; nothing is added to it any more.
+        reason: Why it ends. If what was held back completes a stop string, that is why.
+        error: What went wrong.
+        done: What its last step added.
+    """
+    detokenizer, ledger = sequence.detokenizer, sequence.ledger
+    had_stopped = detokenizer.stopped
+    tail = detokenizer.finish()
+    stop = done.stop
+    if detokenizer.stopped and not had_stopped and reason is FinishReason.LENGTH:
+        reason, stop = FinishReason.STOP, detokenizer.stop_string
+    logprobs = done.logprobs
+    cumulative = None
+    if sequence.sampling.logprobs is not None and ledger is not None:
+        logprobs += ledger.finish(tail, detokenizer)
+        cumulative = ledger.cumulative_logprob
+    return Delta(
+        index=sequence.index,
+        text=done.text + tail,
+        num_tokens=done.num_tokens,
+        finish_reason=reason,
+        error=error,
+        usage=sequence.usage(),
+        token_ids=done.token_ids,
+        logprobs=logprobs,
+        stop=stop if reason is FinishReason.STOP else None,
+        cumulative_logprob=cumulative,
+    )
