@@ -24,7 +24,8 @@ class Advance:
         num_tokens: Tokens that were added to it.
         text: Their text, as far as it is certain.
         reason: Why it ends; ``None`` if it goes on or failed.
-        error: Why it failed: an ``EngineError``, or whatever the tokenizer raised.
+        error: Why it failed: an ``EngineError``, its grammar's ``RequestError``, or whatever the tokenizer
+            raised.
     """
 
     num_tokens: int = 0
@@ -42,7 +43,12 @@ def advance(sequence: Sequence, tokens: list[int], end_token_ids: Collection[int
         end_token_ids: Tokens that end a generation.
     """
     done = Advance()
+    constraint = sequence.constraint
     for token in tokens:
+        if constraint is not None and (constraint.is_over or constraint.error is not None):
+            done.error = constraint.error
+            done.reason = FinishReason.STOP if done.error is None else None
+            break
         if token == NOT_FINITE:
             done.error = EngineError("the model produced logits that are not finite")
             break
@@ -51,12 +57,14 @@ def advance(sequence: Sequence, tokens: list[int], end_token_ids: Collection[int
         if token in end_token_ids and not sequence.sampling.ignore_eos:
             done.reason = FinishReason.STOP
             break
+        if constraint is not None:
+            constraint.accept(token)
         try:
             done.text += sequence.detokenizer.push(token)
         except Exception as error:  # noqa: BLE001 - a tokenizer may raise anything, too
             done.error = error
             break
-        if sequence.detokenizer.stopped:
+        if sequence.detokenizer.stopped or (constraint is not None and constraint.is_over):
             done.reason = FinishReason.STOP
         elif sequence.num_output >= sequence.max_tokens:
             done.reason = FinishReason.LENGTH

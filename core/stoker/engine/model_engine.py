@@ -14,6 +14,7 @@ from stoker.engine.costs import OutputModel
 from stoker.engine.detokenizer import Detokenizer, TokenText
 from stoker.engine.isolation import FailureIsolation
 from stoker.engine.lanes import LanePool
+from stoker.engine.masks import GrammarMasks
 from stoker.engine.plan import Plan
 from stoker.engine.readers import ReaderLimits, SlowReaders
 from stoker.engine.reporting import Reporter
@@ -118,6 +119,7 @@ class ModelEngine:
         self._waiting = WaitingTable()
         self._outputs = OutputModel()
         self._reporter = Reporter(self.scheduler, observers, clock)
+        self._masks = GrammarMasks(info)
         self._token_text = TokenText(runtime.tokenizer.token_bytes)
         self._sequences: dict[RequestStream, list[Sequence]] = {}
         self._num_failures = 0
@@ -302,6 +304,7 @@ class ModelEngine:
         wanted = (len(sampled) + plan.num_draft_tokens, self.runtime.info.vocab_size)
         if logits.shape != wanted:
             raise EngineError(f"the runtime returned logits of shape {logits.shape}, not {wanted}")
+        logits = self._masks.apply(logits, sampled, plan.drafts)
         if plan.drafts:
             return sampler.verify(logits, sampled, plan.drafts)
         return [[token] for token in sampler.sample(logits, sampled)]
@@ -385,7 +388,7 @@ class ModelEngine:
         """Hand over what a step added to a sequence, and end it if that was the last."""
         error = done.error
         if error is not None:
-            if not isinstance(error, EngineError):
+            if not isinstance(error, EngineError | RequestError):
                 logger.error("model %s: a token has no text", self.model, exc_info=error)
                 self._num_failures += 1
             self._fail(sequence, error, outbox, text=done.text, num_tokens=done.num_tokens)

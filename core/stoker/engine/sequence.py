@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from stoker.engine.client import RequestStream
     from stoker.engine.detokenizer import Detokenizer
+    from stoker.engine.masks import Constraint
     from stoker.engine.sampler import TokenCounts
 
 __all__ = ["NO_LANE", "Facts", "Sequence", "SequenceStatus"]
@@ -105,11 +106,13 @@ class Sequence:
         output_at_admission: Tokens generated when it last got its lane.
         failed_at: Tokens generated when a failed step last cost it its lane; -1 if none ever did.
         paused_at_s: Since when it waits for its reader.
+        constraint: Where it stands in its request's grammar; ``None`` before its first token, or without one.
         facts: What is told about it.
     """
 
     __slots__ = (
         "admitted_s",
+        "constraint",
         "counts",
         "detokenizer",
         "ended_s",
@@ -175,6 +178,7 @@ class Sequence:
         # Sequences of one request must differ from each other, reproducibly.
         self.seed = (base + index * 0x9E3779B97F4A7C15) & _MASK64
         self.counts: TokenCounts | None = None
+        self.constraint: Constraint | None = None
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stoker.engine.client import RequestStream
     from stoker.engine.drafters import Drafter
     from stoker.engine.model_engine import Outbox
+    from stoker.grammar import Grammar
     from stoker.interfaces import (
         EvictionStrategy,
         Observer,
@@ -146,6 +147,7 @@ class EngineHarness:
         cache_salt: str = "",
         queue_deadline_s: float | None = None,
         deadline_s: float | None = None,
+        grammar: Grammar | None = None,
         **sampling: Any,
     ) -> Submitted:
         """Queue a request; ``sampling`` are fields of ``SamplingParams`` (greedy, 16 tokens by default)."""
@@ -168,6 +170,7 @@ class EngineHarness:
             arrival_s=self.clock(),
             queue_deadline_s=queue_deadline_s,
             deadline_s=deadline_s,
+            grammar=grammar,
         )
         submitted = Submitted(request)
         self.engine.count_submitted(request)
