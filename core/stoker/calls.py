@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,6 +13,7 @@ from stoker.errors import ContextLengthError, InvalidRequestError
 from stoker.fill_in import fill_in_prompt
 from stoker.grammar import GrammarSpec
 from stoker.interfaces import Tool, ToolChoice
+from stoker.structured import GrammarService
 from stoker.types import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -99,12 +100,14 @@ class RoutedModel:
         client: The engine's asyncio side.
         template: Its chat template.
         heartbeat_s: When the loop of its device last came round.
+        grammars: Compiles what outputs must look like.
     """
 
     served: ServedModel
     client: EngineClient
     template: ChatTemplate
     heartbeat_s: Callable[[], float]
+    grammars: GrammarService = field(default_factory=GrammarService)
 
 
 async def encode_prompt(routed: RoutedModel, call: Call) -> list[int]:

@@ -28,11 +28,14 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
             ``gbnf`` (llama.cpp's notation) or ``lark`` (llguidance's notation).
         text: The schema as JSON, the expression, the strings as a JSON list, or the grammar.
         param: The request field that it came in, for error messages.
+        strict: Refuse what the compiler cannot enforce; otherwise leave it out and tell in
+            ``Grammar.warnings``.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "gbnf", "lark"]
     text: str = ""
     param: str = "response_format"
+    strict: bool = True
 
 
 class Matcher(ABC):
@@ -43,8 +46,11 @@ class Matcher(ABC):
         """Set the tokens that may come next.
 
         Args:
-            mask: ``int32[ceil(vocab / 32)]``; bit ``t % 32`` of word ``t // 32`` is to be 1 if token
-                ``t`` may come next. End tokens may come once the output is complete.
+            mask: ``int32[ceil(vocab / 32)]``, contiguous; bit ``t % 32`` of word ``t // 32`` is to be 1 if
+                token ``t`` may come next. End tokens may come once the output can end.
+
+        Raises:
+            InvalidRequestError: The grammar is too complex to go on with.
         """
 
     @abstractmethod
@@ -52,8 +58,16 @@ class Matcher(ABC):
         """Move on by a token; false, and nothing changes, if it may not come next."""
 
     @abstractmethod
+    def rollback(self, num_tokens: int) -> None:
+        """Take back the tokens that were accepted last."""
+
+    @abstractmethod
     def count_valid(self, tokens: Sequence[int]) -> int:
         """How many of these tokens may come next, in turn; moves nothing on."""
+
+    @abstractmethod
+    def forced(self) -> Sequence[int]:
+        """Tokens of the only text that may come next; empty if there is a choice. Moves nothing on."""
 
     @property
     @abstractmethod
@@ -62,8 +76,16 @@ class Matcher(ABC):
 
 
 class Grammar(ABC):
-    """A compiled grammar; immutable, shared by sequences."""
+    """A compiled grammar; immutable, shared by sequences.
+
+    Attributes:
+        spec: What it was compiled from.
+        warnings: What of it is not enforced, in words.
+    """
+
+    spec: GrammarSpec
+    warnings: Sequence[str] = ()
 
     @abstractmethod
     def start(self) -> Matcher:
-        """A matcher at the beginning."""
+        """A matcher at the beginning; quick, and from any thread."""

@@ -29,6 +29,7 @@ from stoker.interfaces import (
     CacheReport,
     EngineSnapshot,
     EvictionStrategy,
+    GrammarCompiler,
     LoadSnapshot,
     MiddlewareInfo,
     Observer,
@@ -45,6 +46,7 @@ from stoker.interfaces import (
 from stoker.loader import ModelLoader
 from stoker.router import RoutedModel, Router
 from stoker.stores import build_store
+from stoker.structured import GrammarService
 from stoker.tenants import Tenants
 from stoker.warm_up import WarmUp, read_warm_up
 
@@ -194,6 +196,13 @@ class Server(ServerContext):
         info = self.plugins.eviction(self.config)
         return None if info is None else cast(EvictionStrategy, self._make(info))
 
+    def _grammar_compiler(self, runtime: Runtime) -> GrammarCompiler | None:
+        """What compiles grammars for a model; ``None`` if structured outputs are switched off."""
+        info = self.plugins.grammar(self.config)
+        if info is None:
+            return None
+        return cast(GrammarCompiler, self._make(info, runtime.tokenizer, runtime.info))
+
     def _load_model(self, model: ModelConfig) -> RoutedModel:
         config = self.config
         loaded = self._loader.load(model)
@@ -248,7 +257,13 @@ class Server(ServerContext):
             eos_token=runtime.info.eos_token,
         )
         client = EngineClient(engine, loop, store)
-        return RoutedModel(served, client, template, heartbeat_s=lambda: loop.heartbeat_s)
+        return RoutedModel(
+            served,
+            client,
+            template,
+            heartbeat_s=lambda: loop.heartbeat_s,
+            grammars=GrammarService(self._grammar_compiler(runtime)),
+        )
 
     def _drafter_for(self, model: ModelConfig, runtime: Runtime) -> Drafter | None:
         """Who guesses tokens for a model, if anybody does."""

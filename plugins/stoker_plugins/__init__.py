@@ -10,6 +10,7 @@ from stoker import (
     BackendInfo,
     CommandInfo,
     EvictionInfo,
+    GrammarInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
@@ -19,6 +20,7 @@ from stoker import (
 )
 from stoker.testing.scripted_options import ScriptedOptions
 from stoker_plugins.evictions.options import LfuOptions
+from stoker_plugins.grammars.options import LlguidanceOptions
 from stoker_plugins.limits_options import LimitsOptions
 from stoker_plugins.policies.options import (
     DeadlineOptions,
@@ -112,6 +114,20 @@ def stoker_register_evictions() -> Sequence[EvictionInfo]:
             name="fifo",
             summary="The prefix that was kept first goes first",
             factory=_lazy(".evictions.fifo", "FirstInFirstOut"),
+        ),
+    ]
+
+
+@hookimpl
+def stoker_register_grammars() -> Sequence[GrammarInfo]:
+    """What makes outputs follow a schema."""
+    return [
+        GrammarInfo(
+            api_version=1,
+            name="llguidance",
+            summary="JSON schemas, expressions and grammars, by llguidance",
+            factory=_lazy(".grammars.compiler", "LlguidanceCompiler"),
+            options=LlguidanceOptions,
         ),
     ]
 

@@ -48,7 +48,7 @@ def key(served: ServedModel = SERVED, *, per_tenant: bool = True, **fields: Any)
 # --------------------------------------------------------------------------- keys
 
 HASHED = {
-    *("model", "prompt_token_ids", "sampling", "n", "endpoint"),
+    *("model", "prompt_token_ids", "sampling", "n", "endpoint", "grammar"),
     "cache_salt",  # keeps apart what its sender wants kept apart
 }
 SAMPLING = {

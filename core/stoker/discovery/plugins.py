@@ -17,6 +17,7 @@ from stoker.interfaces import (
     CommandInfo,
     Descriptor,
     EvictionInfo,
+    GrammarInfo,
     MiddlewareInfo,
     ModelSourceInfo,
     ObserverInfo,
@@ -84,6 +85,10 @@ class Plugins:
     def evictions(self) -> Mapping[str, EvictionInfo]:
         """Eviction strategies by name."""
         return self._all("eviction", EvictionInfo)
+
+    def grammars(self) -> Mapping[str, GrammarInfo]:
+        """Grammar compilers by name."""
+        return self._all("grammar", GrammarInfo)
 
     def middleware(self) -> Mapping[str, MiddlewareInfo]:
         """Middleware by name, active or not."""
@@ -217,6 +222,9 @@ class Plugins:
         eviction = self.eviction(config)
         if eviction is not None:
             self.options(eviction, config)
+        grammar = self.grammar(config)
+        if grammar is not None:
+            self.options(grammar, config)
         for index, model in enumerate(config.models):
             if model.backend != "auto":
                 where = f"models[{index}].backend"
@@ -239,6 +247,22 @@ class Plugins:
         if name == type(config.cache)().eviction and self._lookup("eviction", name) is None:
             return None
         return cast(EvictionInfo, self._configured("cache.eviction", "eviction", name))
+
+    def grammar(self, config: Config) -> GrammarInfo | None:
+        """The grammar compiler that is asked for; ``None`` if structured outputs are switched off.
+
+        They are, too, where no plugin offers the default one, as in ``Plugins.of``.
+
+        Raises:
+            ConfigError: Nobody offers it.
+            PluginError: Its plugin is broken, refused or contested.
+        """
+        name = config.server.grammar
+        if name == "none":
+            return None
+        if name == type(config.server)().grammar and self._lookup("grammar", name) is None:
+            return None
+        return cast(GrammarInfo, self._configured("server.grammar", "grammar", name))
 
     def _configured(self, setting: str, kind: Kind, name: str) -> Descriptor:
         try:
@@ -291,6 +315,8 @@ class Plugins:
             return config.scheduler.policy == name
         if kind == "eviction":
             return config.cache.eviction == name
+        if kind == "grammar":
+            return config.server.grammar == name
         if kind == "backend":
             wanted = {model.backend for model in config.models} or {"auto"}
             return name in wanted or ("auto" in wanted and self._is_on(kind, descriptor, config))

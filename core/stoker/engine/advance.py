@@ -13,6 +13,7 @@ from stoker.types import FinishReason, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from stoker.engine.ledger import OutputLedger
+    from stoker.engine.masks import Constraint
     from stoker.engine.sequence import Sequence
 
 __all__ = ["Advance", "advance"]
@@ -26,7 +27,8 @@ class Advance:
         num_tokens: Tokens that were added to it.
         text: Their text, as far as it is certain.
         reason: Why it ends; ``None`` if it goes on or failed.
-        error: Why it failed: an ``EngineError``, or whatever the tokenizer raised.
+        error: Why it failed: an ``EngineError``, its grammar's ``RequestError``, or whatever the tokenizer
+            raised.
         stop: The stop string or stop token that ended it.
         token_ids: The tokens, if they are wanted.
         logprobs: What is to be told of tokens whose text is out now.
@@ -57,15 +59,17 @@ def advance(
     """
     done = Advance()
     sampling, detokenizer, ledger = sequence.sampling, sequence.detokenizer, sequence.ledger
+    constraint = sequence.constraint
     for token in tokens:
-        if token == NOT_FINITE:
-            done.error = EngineError("the model produced logits that are not finite")
+        if _stops_before(done, token, constraint):
             break
         sequence.append(token)
         done.num_tokens += 1
         is_end = token in end_token_ids or token in sampling.stop_token_ids
         if is_end and _ends(done, token, end_token_ids, sampling):
             break
+        if constraint is not None:
+            constraint.accept(token)
         try:
             if ledger is None:
                 done.text += detokenizer.push(token)
@@ -75,15 +79,34 @@ def advance(
         except Exception as error:  # noqa: BLE001 - a tokenizer may raise anything, too
             done.error = error
             break
-        if detokenizer.stopped:
-            done.reason, done.stop = FinishReason.STOP, detokenizer.stop_string
-        elif done.reason is None and sequence.num_output >= sequence.max_tokens:
-            done.reason = FinishReason.LENGTH
+        _note_end(done, sequence, constraint)
         if done.reason is not None:
             break
     if ledger is not None:
         _tell(done, tokens, entries or (), sequence, ledger)
     return done
+
+
+def _stops_before(done: Advance, token: int, constraint: Constraint | None) -> bool:
+    """Note why a token is not to be added, if there is a reason."""
+    if constraint is not None and (constraint.is_over or constraint.error is not None):
+        done.error = constraint.error
+        done.reason = FinishReason.STOP if done.error is None else None
+        return True
+    if token == NOT_FINITE:
+        done.error = EngineError("the model produced logits that are not finite")
+        return True
+    return False
+
+
+def _note_end(done: Advance, sequence: Sequence, constraint: Constraint | None) -> None:
+    """Note why the output ends after a token that is part of it, if it does."""
+    if sequence.detokenizer.stopped:
+        done.reason, done.stop = FinishReason.STOP, sequence.detokenizer.stop_string
+    elif constraint is not None and constraint.is_over:
+        done.reason = FinishReason.STOP
+    elif done.reason is None and sequence.num_output >= sequence.max_tokens:
+        done.reason = FinishReason.LENGTH
 
 
 def _ends(

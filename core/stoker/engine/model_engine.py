@@ -16,6 +16,7 @@ from stoker.engine.intake import Intake
 from stoker.engine.isolation import FailureIsolation
 from stoker.engine.lanes import LanePool
 from stoker.engine.logprobs import LogprobTeller
+from stoker.engine.masks import GrammarMasks
 from stoker.engine.plan import Plan
 from stoker.engine.readers import ReaderLimits, SlowReaders
 from stoker.engine.reporting import Reporter
@@ -122,6 +123,7 @@ class ModelEngine:
         self._reporter = Reporter(self.scheduler, observers, clock)
         self._intake = Intake(runtime, self.max_total_tokens)
         self._logprobs = LogprobTeller(self._intake.names)
+        self._masks = GrammarMasks(info)
         self._sequences: dict[RequestStream, list[Sequence]] = {}
         self._num_failures = 0
         self._step_started_s: float | None = None
@@ -298,6 +300,7 @@ class ModelEngine:
         wanted = (len(sampled) + plan.num_draft_tokens, self.runtime.info.vocab_size)
         if logits.shape != wanted:
             raise EngineError(f"the runtime returned logits of shape {logits.shape}, not {wanted}")
+        logits = self._masks.apply(logits, sampled, plan.drafts)
         if plan.drafts:
             return sampler.verify(logits, sampled, plan.drafts)
         return [[token] for token in sampler.sample(logits, sampled)]
@@ -377,7 +380,7 @@ class ModelEngine:
         """Hand over what a step added to a sequence, and end it if that was the last."""
         error = done.error
         if error is not None:
-            if not isinstance(error, EngineError):
+            if not isinstance(error, EngineError | RequestError):
                 logger.error("model %s: a token has no text", self.model, exc_info=error)
                 self._num_failures += 1
             self._fail(sequence, error, outbox, done)

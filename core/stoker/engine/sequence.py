@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from stoker.engine.detokenizer import Detokenizer
     from stoker.engine.filters import TokenRules
     from stoker.engine.ledger import OutputLedger
+    from stoker.engine.masks import Constraint
     from stoker.engine.sampler import TokenCounts
 
 __all__ = ["NO_LANE", "Facts", "Sequence", "SequenceStatus"]
@@ -109,11 +110,13 @@ class Sequence:
         paused_at_s: Since when it waits for its reader.
         rules: What its logits need beyond bias and penalties.
         ledger: What its deltas tell beyond text.
+        constraint: Where it stands in its request's grammar; ``None`` before its first token, or without one.
         facts: What is told about it.
     """
 
     __slots__ = (
         "admitted_s",
+        "constraint",
         "counts",
         "detokenizer",
         "ended_s",
@@ -183,6 +186,7 @@ class Sequence:
         self.counts: TokenCounts | None = None
         self.rules: TokenRules | None = None
         self.ledger: OutputLedger | None = None
+        self.constraint: Constraint | None = None
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None

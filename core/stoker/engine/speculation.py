@@ -205,6 +205,8 @@ class Speculator:
                 if not 0 <= token < self._vocab_size or token in ends:
                     del tokens[at:]
                     break
+            if tokens and sequence.constraint is not None:
+                del tokens[sequence.constraint.count_valid(tokens) :]
             if tokens:
                 guesses[sequence.sequence_id] = tokens
         return guesses

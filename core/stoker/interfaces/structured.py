@@ -17,6 +17,9 @@ __all__ = ["GrammarCompiler", "Tool", "ToolChoice", "ToolFormat"]
 class GrammarCompiler(ABC):
     """Turns what was asked for into grammars over one model's tokens."""
 
+    def prepare(self) -> None:
+        """Get ready, before the first ``compile`` and on a thread like its; may take seconds."""
+
     @abstractmethod
     def compile(self, spec: GrammarSpec) -> Grammar:
         """Compile; called from any thread, several at once, never the event loop's. Must be bounded in time.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stoker.engine.client import RequestStream
     from stoker.engine.drafters import Drafter
     from stoker.engine.model_engine import Outbox
+    from stoker.grammar import Grammar
     from stoker.interfaces import (
         EvictionStrategy,
         Observer,
@@ -149,6 +150,7 @@ class EngineHarness:
         predicted: str | Sequence[int] = (),
         wants_token_ids: bool = False,
         wants_progress: bool = False,
+        grammar: Grammar | None = None,
         **sampling: Any,
     ) -> Submitted:
         """Queue a request; ``sampling`` are fields of ``SamplingParams`` (greedy, 16 tokens by default)."""
@@ -168,6 +170,7 @@ class EngineHarness:
             predicted_token_ids=self._tokens(predicted),
             wants_token_ids=wants_token_ids,
             wants_progress=wants_progress,
+            grammar=grammar,
         )
         submitted = Submitted(request)
         self.engine.count_submitted(request)

@@ -49,6 +49,8 @@ def request_key(request: Request, served: ServedModel, *, per_tenant: bool) -> b
         for name, value in msgspec.structs.asdict(request).items()
         if name not in IRRELEVANT
     }
+    if request.grammar is not None:
+        fields["grammar"] = request.grammar.spec
     # Whatever sequence of integers a middleware made of it, equal ones must look equal.
     tokens = array("q", fields.pop("prompt_token_ids"))
     identity: list[Any] = [served.reference, served.backend, served.created, served.size_bytes]
