@@ -36,9 +36,18 @@ class RequestContext:
         prompt_tokens: Tokens of the prompt, once known.
         completion_tokens: Tokens generated, once known.
         error: What an unexpected end was due to.
+        priority: The priority that whatever it starts gets, whatever it asks for; ``None`` leaves that to it.
     """
 
-    __slots__ = ("completion_tokens", "error", "model", "prompt_tokens", "request_id", "tenant")
+    __slots__ = (
+        "completion_tokens",
+        "error",
+        "model",
+        "priority",
+        "prompt_tokens",
+        "request_id",
+        "tenant",
+    )
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
@@ -47,6 +56,7 @@ class RequestContext:
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
         self.error: str | None = None
+        self.priority: int | None = None
 
 
 CURRENT_REQUEST: contextvars.ContextVar[RequestContext | None] = contextvars.ContextVar(

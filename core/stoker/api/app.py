@@ -6,6 +6,7 @@ from typing import Any
 from litestar import Router as LitestarRouter
 from litestar.config.cors import CORSConfig
 from litestar.exceptions import ImproperlyConfiguredException
+from litestar.routes import HTTPRoute
 
 from stoker.api.access import Application
 from stoker.api.auth import KeyRing
@@ -72,7 +73,9 @@ def build_app(
             cors_config=CORSConfig(allow_origins=list(origins), expose_headers=list(_EXPOSED))
             if origins
             else None,
-            openapi_config=openapi_config(secured=keys.is_required),
+            openapi_config=openapi_config(
+                secured=keys.is_required, schemas=_schemas(route_handlers)
+            ),
             logging_config=None,
             request_max_body_size=config.server.max_body_bytes,
         )
@@ -83,6 +86,23 @@ def build_app(
     app.keys = keys
     app.log_access = config.logging.access
     return app
+
+
+def _schemas(handlers: Sequence[Any]) -> list[type]:
+    """The types that plugins' handlers name in ``opt["schemas"]``, for the OpenAPI document."""
+    routes = [
+        route
+        for handler in handlers
+        for route in LitestarRouter("/", route_handlers=[handler]).routes
+        if isinstance(route, HTTPRoute)
+    ]
+    found = {
+        schema: None
+        for route in routes
+        for handler in route.route_handlers
+        for schema in handler.opt.get("schemas", ())
+    }
+    return list(found)
 
 
 def _check_paths(own: Sequence[Any], brought: Sequence[Any]) -> None:
