@@ -41,6 +41,7 @@ PUBLIC = {
     *("CallPiece", "Grammar", "GrammarCompiler", "GrammarInfo", "GrammarSpec", "Matcher"),
     *("OutputParser", "Piece", "ReasoningPiece", "TextPiece", "TokenLogprob"),
     *("Tool", "ToolChoice", "ToolFormat", "ToolFormatInfo"),
+    "HttpAnswer",
 }
 
 

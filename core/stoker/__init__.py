@@ -42,6 +42,7 @@ _HOMES = {
         "GrammarCompiler",
         "GrammarInfo",
         "GrammarSpec",
+        "HttpAnswer",
         "LoadSettings",
         "LoadSnapshot",
         "Matcher",

@@ -37,12 +37,14 @@ class RequestContext:
         completion_tokens: Tokens generated, once known.
         error: What an unexpected end was due to.
         user: Who asks, in the tenant's own words.
+        priority: The priority that whatever it starts gets, whatever it asks for; ``None`` leaves that to it.
     """
 
     __slots__ = (
         "completion_tokens",
         "error",
         "model",
+        "priority",
         "prompt_tokens",
         "request_id",
         "tenant",
@@ -57,6 +59,7 @@ class RequestContext:
         self.completion_tokens: int | None = None
         self.error: str | None = None
         self.user = ""
+        self.priority: int | None = None
 
 
 CURRENT_REQUEST: contextvars.ContextVar[RequestContext | None] = contextvars.ContextVar(

@@ -23,6 +23,7 @@ from stoker.errors import (
 )
 from stoker.history import History, TrackedRequest
 from stoker.interfaces import Middleware
+from stoker.logs import CURRENT_REQUEST
 from stoker.tenants import Tenants
 from stoker.types import Delta, Request, RequestRecord
 
@@ -345,6 +346,9 @@ class Router:
 
     def _priority(self, call: Call) -> tuple[int, str]:
         """The priority that the call's tenant may have, and a warning if it asked for a better one."""
+        context = CURRENT_REQUEST.get()
+        if context is not None and context.priority is not None:
+            return context.priority, ""
         asked = call.priority or 0
         ceiling = self.tenants.get(call.tenant).priority_ceiling
         if ceiling is None or asked >= ceiling:

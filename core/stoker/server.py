@@ -9,11 +9,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from stoker.api.app import build_app
+from stoker.api.in_process import Caller, call
 from stoker.chat_template import ChatTemplate
 from stoker.config import Config, ModelConfig, TenantConfig
 from stoker.discovery import Plugins
@@ -30,6 +32,7 @@ from stoker.interfaces import (
     EngineSnapshot,
     EvictionStrategy,
     GrammarCompiler,
+    HttpAnswer,
     LoadSnapshot,
     MiddlewareInfo,
     Observer,
@@ -45,6 +48,7 @@ from stoker.interfaces import (
 )
 from stoker.loader import ModelLoader
 from stoker.router import RoutedModel, Router
+from stoker.services import Services
 from stoker.stores import build_store
 from stoker.structured import GrammarService
 from stoker.tenants import Tenants
@@ -92,6 +96,7 @@ class Server(ServerContext):
         self.origins: Mapping[str, str] = {}
         self._loader = ModelLoader(config, plugins, self.origins, self.clock)
         self._stores: list[SnapshotStore] = []
+        self._services = Services()
         self._stopped = False
 
     # ------------------------------------------------------------------ ServerContext
@@ -128,6 +133,24 @@ class Server(ServerContext):
     def uptime_s(self) -> float:
         """Seconds since the server was assembled."""
         return self.router.uptime_s
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        tenant: str,
+        priority: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> HttpAnswer:
+        """Ask the API as a tenant."""
+        app = cast(Any, self.app)
+        return await call(app, Caller(tenant, priority), method, path, body, headers)
+
+    def while_serving(self, service: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
+        """Have something run beside the server."""
+        self._services.add(service)
 
     # ------------------------------------------------------------------ assembly
 
@@ -180,8 +203,8 @@ class Server(ServerContext):
             self.config,
             self.router,
             route_handlers=handlers,
-            on_startup=[self.warm_up.start],
-            on_shutdown=[self.warm_up.stop],
+            on_startup=[self.warm_up.start, self._services.start],
+            on_shutdown=[self._services.stop, self.warm_up.stop],
         )
         if self.app.keys.is_required and not self.app.keys:
             logger.warning("there is no key yet: `stoker keys new TENANT` makes one")
@@ -320,6 +343,7 @@ class Server(ServerContext):
             timeout_s: How long they may take; by default the configured ``drain_timeout_s``.
         """
         self.router.draining = True
+        await self._services.stop()
         if timeout_s is None:
             timeout_s = self.config.server.drain_timeout_s
         if not await self._idle_within(timeout_s):

@@ -19,6 +19,7 @@ from stoker import (
     hookimpl,
 )
 from stoker.testing.scripted_options import ScriptedOptions
+from stoker_plugins.batches.options import BatchesOptions
 from stoker_plugins.evictions.options import LfuOptions
 from stoker_plugins.grammars.options import LlguidanceOptions
 from stoker_plugins.limits_options import LimitsOptions
@@ -195,6 +196,14 @@ def stoker_register_routes() -> Sequence[RouteInfo]:
             name="metrics",
             summary="GET /metrics in Prometheus' text format",
             factory=_lazy(".metrics", "make_routes"),
+            active_by_default=True,
+        ),
+        RouteInfo(
+            api_version=1,
+            name="batches",
+            summary="/v1/files and /v1/batches: files of requests, run in idle capacity",
+            factory=_lazy(".batches.routes", "make_routes"),
+            options=BatchesOptions,
             active_by_default=True,
         ),
     ]

@@ -13,6 +13,7 @@ from litestar.types import Receive, Scope, Send
 
 from stoker.api.auth import KeyRing
 from stoker.api.errors import describe
+from stoker.api.in_process import CALLER, Caller
 from stoker.errors import RequestError
 from stoker.logs import CURRENT_REQUEST, RequestContext
 from stoker.tenants import ANONYMOUS
@@ -81,7 +82,11 @@ class Application(Litestar):
                 await super().__call__(scope, receive, tagged)
                 return
             try:
-                context.tenant = self._identify(scope)
+                caller = scope.get(CALLER)
+                if isinstance(caller, Caller):
+                    context.tenant, context.priority = caller.tenant, caller.priority
+                else:
+                    context.tenant = self._identify(scope)
             except RequestError as error:
                 await self._refuse(scope, tagged, error)
                 return

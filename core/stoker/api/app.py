@@ -6,6 +6,7 @@ from typing import Any
 from litestar import Router as LitestarRouter
 from litestar.config.cors import CORSConfig
 from litestar.exceptions import ImproperlyConfiguredException
+from litestar.routes import BaseRoute, HTTPRoute
 
 from stoker.api.access import Application
 from stoker.api.auth import KeyRing
@@ -30,7 +31,8 @@ _EXPOSED = [
         for of in ("requests", "tokens")
     ),
 ]
-_DOCUMENT_PATHS = {"/schema", "/schema/openapi.json"}
+_ANY = "*"  # of a route that takes whatever comes
+_DOCUMENT_PATHS = {("/schema", _ANY), ("/schema/openapi.json", _ANY)}
 
 
 def build_app(
@@ -72,7 +74,9 @@ def build_app(
             cors_config=CORSConfig(allow_origins=list(origins), expose_headers=list(_EXPOSED))
             if origins
             else None,
-            openapi_config=openapi_config(secured=keys.is_required),
+            openapi_config=openapi_config(
+                secured=keys.is_required, schemas=_schemas(route_handlers)
+            ),
             logging_config=None,
             request_max_body_size=config.server.max_body_bytes,
         )
@@ -85,25 +89,51 @@ def build_app(
     return app
 
 
-def _check_paths(own: Sequence[Any], brought: Sequence[Any]) -> None:
-    taken = _DOCUMENT_PATHS | {path for handler in own for path in _paths(handler)}
-    for handler in brought:
-        paths = _paths(handler)
-        for path in sorted(paths & taken):
-            raise PluginConflictError(
-                f"a plugin brings a route for {path}, which is taken; deactivate one of the two plugins"
-            )
-        taken |= paths
-
-
-def _paths(handler: Any) -> set[str]:
-    """The full paths of a route handler, controller or router, with parameters by type, not by name."""
-    routes = LitestarRouter("/", route_handlers=[handler]).routes
-    return {
-        "/"
-        + "/".join(
-            part if isinstance(part, str) else f"{{{part.type.__name__}}}"
-            for part in route.path_components
-        )
+def _schemas(handlers: Sequence[Any]) -> list[type]:
+    """The types that plugins' handlers name in ``opt["schemas"]``, for the OpenAPI document."""
+    routes = [
+        route
+        for handler in handlers
+        for route in LitestarRouter("/", route_handlers=[handler]).routes
+        if isinstance(route, HTTPRoute)
+    ]
+    found = {
+        schema: None
         for route in routes
+        for handler in route.route_handlers
+        for schema in handler.opt.get("schemas", ())
     }
+    return list(found)
+
+
+def _check_paths(own: Sequence[Any], brought: Sequence[Any]) -> None:
+    taken = _DOCUMENT_PATHS | {place for handler in own for place in _places(handler)}
+    for handler in brought:
+        places = _places(handler)
+        for path, method in sorted(places):
+            if {(path, method), (path, _ANY)} & taken or (
+                method == _ANY and any(path == other for other, _ in taken)
+            ):
+                raise PluginConflictError(
+                    f"a plugin brings a route for {path}, which is taken; deactivate one of the two plugins"
+                )
+        taken |= places
+
+
+def _places(handler: Any) -> set[tuple[str, str]]:
+    """The full paths of a route handler, controller or router, each with its methods.
+
+    Parameters stand there by type, not by name: two that differ in the name only are the same.
+    """
+    return {
+        (_path(route), method)
+        for route in LitestarRouter("/", route_handlers=[handler]).routes
+        for method in (set(route.methods) - {"OPTIONS"} if isinstance(route, HTTPRoute) else {_ANY})
+    }
+
+
+def _path(route: BaseRoute) -> str:
+    return "/" + "/".join(
+        part if isinstance(part, str) else f"{{{part.type.__name__}}}"
+        for part in route.path_components
+    )

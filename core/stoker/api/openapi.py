@@ -1,5 +1,6 @@
 """The OpenAPI document: bodies that this API decodes itself, described from their structs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +48,21 @@ _BODIES = (
 )  # fmt: skip
 
 
-@dataclass
 class _BodyComponents(Components):
-    """Components with the schemas that msgspec makes; Litestar collects its own over any given ones."""
+    """Components with the schemas that msgspec makes; Litestar collects its own over any given ones.
+
+    Args:
+        brought: Types that plugins' routes read and write, beside the core's own.
+    """
+
+    def __init__(self, brought: Sequence[type] = ()) -> None:
+        super().__init__()
+        self._brought = tuple(brought)  # no field of a dataclass: those are written out
 
     def to_schema(self) -> dict[str, Any]:
         components = super().to_schema()
         _, schemas = msgspec.json.schema_components(
-            _BODIES, ref_template="#/components/schemas/{name}"
+            (*_BODIES, *self._brought), ref_template="#/components/schemas/{name}"
         )
         components["schemas"] = {**components.get("schemas", {}), **schemas}
         return components
@@ -129,13 +137,14 @@ def generation_operation(request: str, response: str) -> type[Operation]:
     return GenerationOperation
 
 
-def openapi_config(*, secured: bool) -> OpenAPIConfig:
+def openapi_config(*, secured: bool, schemas: Sequence[type] = ()) -> OpenAPIConfig:
     """What describes the API; served at ``/schema`` and ``/schema/openapi.json``.
 
     Args:
         secured: Whether API keys are required.
+        schemas: Types that plugins' routes read and write: components by their names.
     """
-    components = _BodyComponents()
+    components = _BodyComponents(schemas)
     if secured:
         components.security_schemes = {"api_key": SecurityScheme(type="http", scheme="bearer")}
     return OpenAPIConfig(

@@ -55,6 +55,7 @@ from stoker.interfaces.runtimes import (
 )
 from stoker.interfaces.serving import (
     EngineSnapshot,
+    HttpAnswer,
     LoadSnapshot,
     Middleware,
     ModelSource,
@@ -90,6 +91,7 @@ __all__ = [
     "GrammarCompiler",
     "GrammarInfo",
     "GrammarSpec",
+    "HttpAnswer",
     "LoadSettings",
     "LoadSnapshot",
     "Matcher",

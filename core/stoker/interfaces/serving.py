@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import msgspec
 
 from stoker.config import Config, TenantConfig
+from stoker.errors import UnavailableError
 from stoker.interfaces.caching import CacheReport
 from stoker.interfaces.policies import SchedulingPolicy, StepCost
 from stoker.interfaces.runtimes import RuntimeInfo
@@ -16,6 +19,7 @@ from stoker.types import LocalModel, Request, RequestRecord, SequenceView, StepR
 
 __all__ = [
     "EngineSnapshot",
+    "HttpAnswer",
     "LoadSnapshot",
     "Middleware",
     "ModelSource",
@@ -107,6 +111,20 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     info: RuntimeInfo
 
 
+class HttpAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server's own API answered.
+
+    Attributes:
+        status_code: HTTP status.
+        headers: Its headers, lower-case names.
+        body: All of its body.
+    """
+
+    status_code: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
 class ServerContext(ABC):
     """What routes, middleware and start/stop hooks may ask of the running server."""
 
@@ -145,6 +163,46 @@ class ServerContext(ABC):
     @abstractmethod
     def uptime_s(self) -> float:
         """Seconds since the server was assembled."""
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        tenant: str,
+        priority: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> HttpAnswer:
+        """Ask this server's own API as a tenant, without a key and without a socket.
+
+        On the event loop that serves. The answer is the one a client would get. To be cancelled is to hang
+        up: what was started is aborted.
+
+        Args:
+            method: ``POST``, ...
+            path: The path, without a query.
+            body: The body, if there is one.
+            tenant: In whose name.
+            priority: The priority of what it starts, whatever the body asks for; lower runs first.
+            headers: Headers of the request, lower-case names.
+
+        Raises:
+            UnavailableError: This server has no API to ask.
+        """
+        raise UnavailableError("this server has no API that a plugin could ask")
+
+    def while_serving(self, service: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
+        """Have something run beside the server, such as work that is nobody's request.
+
+        Call it in a factory. The context manager is entered on the event loop before the first request, and
+        left when the server begins to drain, before requests that run are waited for. One that raises is
+        logged, and the server goes on.
+
+        Raises:
+            UnavailableError: This server runs no services.
+        """
+        raise UnavailableError("this server runs no services of plugins")
 
 
 class Middleware(ABC):
