@@ -49,7 +49,7 @@ class Intake:
             min_tokens=params.min_tokens,
         )
         sequence = Sequence(request, index, stream, detokenizer, self._max_total_tokens)
-        sequence.rules = make_rules(params, self._end_token_ids)
+        sequence.rules = make_rules(params, self._end_token_ids, self.names)
         if params.logprobs is not None or request.wants_token_ids:
             sequence.ledger = OutputLedger(wants_token_ids=request.wants_token_ids)
         return sequence
