@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stoker.engine.filters import TokenRules
     from stoker.engine.ledger import OutputLedger
     from stoker.engine.sampler import TokenCounts
+    from stoker.engine.scoring import PromptScores
 
 __all__ = ["NO_LANE", "Facts", "Sequence", "SequenceStatus"]
 
@@ -109,6 +110,7 @@ class Sequence:
         paused_at_s: Since when it waits for its reader.
         rules: What its logits need beyond bias and penalties.
         ledger: What its deltas tell beyond text.
+        scores: How likely its prompt's tokens are, until that is told.
         facts: What is told about it.
     """
 
@@ -141,6 +143,7 @@ class Sequence:
         "request",
         "rules",
         "sampling",
+        "scores",
         "seed",
         "sequence_id",
         "status",
@@ -183,6 +186,7 @@ class Sequence:
         self.counts: TokenCounts | None = None
         self.rules: TokenRules | None = None
         self.ledger: OutputLedger | None = None
+        self.scores: PromptScores | None = None
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
