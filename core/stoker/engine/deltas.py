@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stoker.types import Delta, FinishReason
+from stoker.types import Delta, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
     from stoker.engine.advance import Advance
     from stoker.engine.sequence import Sequence
 
-__all__ = ["delta_of", "last_delta"]
+__all__ = ["delta_of", "last_delta", "progress"]
 
 
 def delta_of(sequence: Sequence, done: Advance) -> Delta:
@@ -21,7 +21,22 @@ def delta_of(sequence: Sequence, done: Advance) -> Delta:
         num_tokens=done.num_tokens,
         token_ids=done.token_ids,
         logprobs=done.logprobs,
+        prompt_logprobs=_scores(sequence),
     )
+
+
+def progress(sequence: Sequence) -> Delta:
+    """The delta that tells how far a sequence's prompt is."""
+    return Delta(index=sequence.index, num_prefilled=sequence.num_computed)
+
+
+def _scores(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
+    """How likely the prompt's tokens are, if that is known and was not told yet."""
+    scores = sequence.scores
+    if scores is None or not scores.is_complete:
+        return None
+    sequence.scores = None
+    return tuple(scores.entries)
 
 
 def last_delta(
@@ -55,6 +70,7 @@ def last_delta(
         usage=sequence.usage(),
         token_ids=done.token_ids,
         logprobs=logprobs,
+        prompt_logprobs=_scores(sequence),
         stop=stop if reason is FinishReason.STOP else None,
         cumulative_logprob=cumulative,
     )

@@ -47,14 +47,17 @@ class ExactBlocks:
 
         Never the last one: its KV may be there, but its logits are not. Nor the one before it where pieces
         matter and the last one would not be alone otherwise: a piece of one row is what a runtime computes
-        like a decode.
+        like a decode. And nothing of a prompt that is to be scored, before it is.
         """
         num_tokens = sequence.num_tokens
         if self.whole_tail:
-            return self.boundary(sequence.num_prompt)
-        if self.block > 1 and num_tokens - self.boundary(sequence.num_prompt) > 1:
-            return num_tokens - 2
-        return num_tokens - 1
+            most = self.boundary(sequence.num_prompt)
+        elif self.block > 1 and num_tokens - self.boundary(sequence.num_prompt) > 1:
+            most = num_tokens - 2
+        else:
+            most = num_tokens - 1
+        scores = sequence.scores
+        return most if scores is None or scores.is_complete else min(most, scores.num_scored)
 
     def usable(self, shared: int, theirs: int, own: int) -> int:
         """How many of ``shared`` tokens are of the kinds that a newcomer would compute itself.

@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stoker.engine.dry import Dry, is_dry
+
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from numpy.typing import NDArray
 
     from stoker.engine.sequence import Sequence
     from stoker.types import SamplingParams
 
-__all__ = ["TokenRules", "head", "make_rules"]
+__all__ = ["TokenRules", "exclude_top_choices", "head", "make_rules", "typical"]
 
 _MIN_GROUPS = 256
+_FIRST_HEAD = 256  # candidates to rank before a filter looks further
 
 
 class TokenRules:
@@ -25,13 +28,15 @@ class TokenRules:
     Args:
         endings: ``int64[n]``, tokens that may not come before ``min_tokens``.
         min_tokens: See ``SamplingParams``.
+        dry: The penalty on repetitions, if there is one.
     """
 
-    __slots__ = ("_endings", "_min_tokens")
+    __slots__ = ("_dry", "_endings", "_min_tokens")
 
-    def __init__(self, endings: NDArray[np.int64], min_tokens: int) -> None:
+    def __init__(self, endings: NDArray[np.int64], min_tokens: int, dry: Dry | None) -> None:
         self._endings = endings
         self._min_tokens = min_tokens
+        self._dry = dry
 
     def apply(self, row: NDArray[np.float32], sequence: Sequence) -> NDArray[np.float32]:
         """Adjust a row of logits for a sequence's next token.
@@ -43,6 +48,9 @@ class TokenRules:
         Returns:
             The adjusted row; ``row`` itself if nothing is to be done.
         """
+        if self._dry is not None:
+            row = row.copy()
+            self._dry.apply(row, sequence.tokens[: sequence.num_tokens])
         if sequence.num_output < self._min_tokens and len(self._endings):
             without = row.copy()
             without[self._endings] = -np.inf
@@ -52,19 +60,23 @@ class TokenRules:
         return row
 
 
-def make_rules(params: SamplingParams, end_token_ids: Collection[int]) -> TokenRules | None:
+def make_rules(
+    params: SamplingParams, end_token_ids: Collection[int], names: Callable[[int], bytes]
+) -> TokenRules | None:
     """The rules that a request's sequences need; ``None`` if none.
 
     Args:
         params: What it asks for.
         end_token_ids: The model's end tokens.
+        names: The bytes of a token; of control tokens their text.
     """
-    if not params.min_tokens:
+    dry = Dry(params, names) if is_dry(params) else None
+    if dry is None and not params.min_tokens:
         return None
     endings = set(params.stop_token_ids)
     if not params.ignore_eos:
         endings.update(end_token_ids)
-    return TokenRules(np.array(sorted(endings), np.int64), params.min_tokens)
+    return TokenRules(np.array(sorted(endings), np.int64), params.min_tokens, dry)
 
 
 def head(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
@@ -81,3 +93,46 @@ def head(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     threshold = np.partition(peaks, len(peaks) - k)[len(peaks) - k]
     ids = np.flatnonzero(values >= threshold)
     return ids[np.argsort(-values[ids], kind="stable")[:k]]
+
+
+def typical(weights: NDArray[np.float32], mass: float) -> NDArray[np.intp]:
+    """Locally typical sampling (Meister et al., 2022): the tokens about as surprising as was to be expected.
+
+    Args:
+        weights: ``float32[n]``, unnormalized probabilities.
+        mass: Tokens are kept, the most typical first, until their probability is more than this.
+
+    Returns:
+        Indices of the tokens that are kept, ascending; at least one.
+    """
+    probabilities = weights / weights.sum(dtype=np.float64)
+    possible = probabilities > 0
+    surprise = np.full(len(weights), np.inf)
+    np.log(probabilities, out=surprise, where=possible)
+    np.negative(surprise, out=surprise, where=possible)
+    entropy = float(probabilities[possible] @ surprise[possible])
+    closeness = -np.abs(surprise - entropy)
+    k = min(_FIRST_HEAD, len(weights))
+    while True:
+        kept = head(closeness, k)
+        over = int(np.searchsorted(probabilities[kept].cumsum(), mass, side="right"))
+        if over < k or k == len(weights):
+            return np.sort(kept[: over + 1])
+        k = min(k * 8, len(weights))
+
+
+def exclude_top_choices(weights: NDArray[np.float32], threshold: float) -> NDArray[np.intp] | None:
+    """XTC, "exclude top choices" (p-e-w, 2024): of the likely tokens only the least likely one stays.
+
+    Args:
+        weights: ``float32[n]``, unnormalized probabilities.
+        threshold: Tokens at least as probable as this are likely.
+
+    Returns:
+        Indices of the tokens that are kept, ascending; ``None`` for all of them. Of equals the last stays.
+    """
+    likely = np.flatnonzero(weights >= threshold * weights.sum(dtype=np.float64))
+    if len(likely) < 2:
+        return None
+    stays = len(likely) - 1 - int(weights[likely][::-1].argmin())
+    return np.delete(np.arange(len(weights)), np.delete(likely, stays))

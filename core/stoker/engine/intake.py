@@ -8,6 +8,7 @@ from stoker.engine.detokenizer import Detokenizer, TokenText
 from stoker.engine.filters import make_rules
 from stoker.engine.ledger import OutputLedger
 from stoker.engine.logprobs import TokenNames
+from stoker.engine.scoring import PromptScores
 from stoker.engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class Intake:
             min_tokens=params.min_tokens,
         )
         sequence = Sequence(request, index, stream, detokenizer, self._max_total_tokens)
-        sequence.rules = make_rules(params, self._end_token_ids)
-        if params.logprobs is not None or request.wants_token_ids:
+        sequence.rules = make_rules(params, self._end_token_ids, self.names)
+        if params.prompt_logprobs is not None and index == 0:
+            sequence.scores = PromptScores(sequence.num_prompt, params.prompt_logprobs)
+        if params.logprobs is not None or request.wants_token_ids or sequence.scores is not None:
             sequence.ledger = OutputLedger(wants_token_ids=request.wants_token_ids)
         return sequence

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stoker.engine.filters import head
+from stoker.errors import EngineError
 from stoker.types import TokenLogprob
 
 if TYPE_CHECKING:
@@ -108,12 +109,17 @@ class LogprobTeller:
             logits: ``float32[R, vocab]``.
             tokens: R tokens, one for each row.
             num_top: How many of the likeliest to tell for each.
+
+        Raises:
+            EngineError: A row has no finite maximum.
         """
         entries: list[TokenLogprob] = []
         size = max(1, _PIECE_VALUES // logits.shape[1])
         for start in range(0, len(tokens), size):
             rows = logits[start : start + size]
             peaks = rows.max(axis=1)
+            if not np.isfinite(peaks).all():
+                raise EngineError("the model produced logits that are not finite")
             sums = np.exp(rows - peaks[:, None]).sum(axis=1, dtype=np.float64)
             totals = (peaks + np.log(sums)).tolist()
             for row, token, total in zip(rows, tokens[start : start + size], totals, strict=True):

@@ -11,7 +11,7 @@ from stoker.config import SpeculationConfig
 from stoker.engine import sampler
 from stoker.engine.advance import Advance, advance
 from stoker.engine.costs import OutputModel
-from stoker.engine.deltas import delta_of, last_delta
+from stoker.engine.deltas import delta_of, last_delta, progress
 from stoker.engine.intake import Intake
 from stoker.engine.isolation import FailureIsolation
 from stoker.engine.lanes import LanePool
@@ -21,6 +21,7 @@ from stoker.engine.plan import Plan
 from stoker.engine.readers import ReaderLimits, SlowReaders
 from stoker.engine.reporting import Reporter
 from stoker.engine.scheduler import Scheduler
+from stoker.engine.scoring import max_scored_rows, score
 from stoker.engine.sequence import Sequence, SequenceStatus
 from stoker.engine.speculation import Speculator
 from stoker.engine.waiting import WaitingTable
@@ -109,6 +110,7 @@ class ModelEngine:
             tenants,
             share_in_flight=cache_config.share_in_flight,
         )
+        self.scheduler.max_scored_rows = max_scored_rows(info.vocab_size)
         self.policy = policy
         self._readers = SlowReaders(self.scheduler, reader_limits or ReaderLimits())
         self.speculator: Speculator | None = None
@@ -286,6 +288,7 @@ class ModelEngine:
                 return self.clock() - started_s
             sampled = plan.sampled()
             runtime_s = self.clock() - started_s
+            logits = self._checked(logits, len(sampled), plan)
             tokens = self._sample(logits, sampled, plan) if sampled else []
             entries = self._logprobs.of_step(logits, sampled, tokens, plan)
         except Exception as error:  # noqa: BLE001 - a runtime may raise anything; others must go on
@@ -294,12 +297,20 @@ class ModelEngine:
         self._update(plan, sampled, tokens, entries, gaps, outbox)
         return runtime_s
 
+    def _checked(
+        self, logits: NDArray[np.float32], num_sampled: int, plan: Plan
+    ) -> NDArray[np.float32]:
+        """The rows to sample from; what the others say of prompts is taken down."""
+        num_scored = plan.num_scored_rows
+        num_rows = num_sampled + plan.num_draft_tokens + num_scored
+        wanted = (num_rows, self.runtime.info.vocab_size)
+        if num_rows and logits.shape != wanted:
+            raise EngineError(f"the runtime returned logits of shape {logits.shape}, not {wanted}")
+        return score(logits, plan, self._logprobs) if num_scored else logits
+
     def _sample(
         self, logits: NDArray[np.float32], sampled: list[Sequence], plan: Plan
     ) -> list[list[int]]:
-        wanted = (len(sampled) + plan.num_draft_tokens, self.runtime.info.vocab_size)
-        if logits.shape != wanted:
-            raise EngineError(f"the runtime returned logits of shape {logits.shape}, not {wanted}")
         logits = self._masks.apply(logits, sampled, plan.drafts)
         if plan.drafts:
             return sampler.verify(logits, sampled, plan.drafts)
@@ -358,6 +369,8 @@ class ModelEngine:
             facts.num_prefill_steps += 1
             sequence.num_computed += count
             sequence.num_known = max(sequence.num_known, sequence.num_computed)
+            if sequence.max_tokens == 0 or sequence.request.wants_progress:
+                self._prefilled(sequence, outbox)
         now_s = self.clock()
         for sequence, found in zip(sampled, tokens, strict=True):
             told = entries.get(sequence.sequence_id) if entries else None
@@ -375,6 +388,15 @@ class ModelEngine:
             self._deliver(sequence, done, outbox)
             if not has_lane and sequence.status is SequenceStatus.DECODE:
                 self.scheduler.preempt(sequence, "failure")
+
+    def _prefilled(self, sequence: Sequence, outbox: Outbox) -> None:
+        """More of a prompt was computed: tell how far it is, or end what generates nothing."""
+        if sequence.num_pending and sequence.request.wants_progress and not sequence.num_output:
+            stream = sequence.stream
+            outbox.append((stream, progress(sequence)))
+            stream.num_sent += 1
+        elif not sequence.num_pending and sequence.max_tokens == 0:
+            self._finish(sequence, FinishReason.LENGTH, outbox)
 
     def _deliver(self, sequence: Sequence, done: Advance, outbox: Outbox) -> None:
         """Hand over what a step added to a sequence, and end it if that was the last."""
@@ -413,7 +435,8 @@ class ModelEngine:
         if sequence.admitted_s is None:
             self._waiting.remove(sequence.request)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self._outputs.observe(sequence.num_output, sequence.sampling.max_tokens)
+            if sequence.max_tokens:
+                self._outputs.observe(sequence.num_output, sequence.sampling.max_tokens)
             self._outputs.observe_prompt(sequence.num_prompt, sequence.num_cached)
         self.scheduler.remove(sequence)
         self._readers.forget(sequence)

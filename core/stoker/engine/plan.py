@@ -55,9 +55,25 @@ class Plan:
     def sampled(self) -> list[Sequence]:
         """The sequences that get a token from this step, in the order of the logits' rows.
 
-        A sequence has a row of logits, and one more for each of its draft tokens.
+        A sequence has a row of logits, and one more for each of its draft tokens. (Rows that only score a
+        prompt come before its row: see ``scoring.py``.)
         """
-        return self.decodes + [s for s, count in self.prefills if count == s.num_pending]
+        return self.decodes + [s for s, count in self.prefills if self.is_sampled(s, count)]
+
+    @staticmethod
+    def is_sampled(sequence: Sequence, count: int) -> bool:
+        """Whether computing so many of its pending tokens gives a sequence its next one."""
+        return count == sequence.num_pending and sequence.max_tokens > 0
+
+    @property
+    def num_scored_rows(self) -> int:
+        """Rows of logits that only score prompts."""
+        num_rows = 0
+        for sequence, count in self.prefills:
+            if sequence.scores is not None:
+                rows = sequence.scores.rows(sequence.num_computed, count)
+                num_rows += rows.stop - rows.start
+        return num_rows
 
     def step_input(self) -> StepInput:
         """The arrays for ``Runtime.step``."""
@@ -82,8 +98,10 @@ class Plan:
             token_ids[at : at + count] = sequence.tokens[start:end]
             positions[at : at + count] = np.arange(start, end, dtype=np.int32)
             lanes[at : at + count] = sequence.lane
+            if sequence.scores is not None:
+                wants_logits[at : at + count][sequence.scores.rows(start, count)] = True
             at += count
-            wants_logits[at - 1] = end == sequence.num_tokens
+            wants_logits[at - 1] |= self.is_sampled(sequence, count)
         return StepInput(token_ids, positions, lanes, wants_logits)
 
     def _put_drafts(

@@ -1,11 +1,14 @@
 """Chooses tokens from logits, in numpy.
 
-Order: logit bias, repetition, presence and frequency penalties, temperature, top-k, top-p, min-p, draw.
-(vLLM's order, but for min-p, which comes last as in llama.cpp; on the top-p set it is the same as before it,
-since both keep a head of the same ranking.)
+Order: logit bias, repetition, presence and frequency penalties, DRY, what ``min_tokens`` forbids; then, if
+the temperature is not 0: temperature, top-k, typical, top-p, min-p, XTC, draw.
+(vLLM's order, with llama.cpp's filters at llama.cpp's places; min-p comes after top-p as there, and on the
+top-p set it is the same as before it, since both keep a head of the same ranking. llama.cpp applies the
+temperature last: here the filters see the probabilities that are drawn from.)
 
 Randomness is counter-based: the one uniform number of a draw is a hash of (seed, position), so that a seeded
-request draws the same numbers alone, in a crowd and after a preemption. The vocabulary is never sorted.
+request draws the same numbers alone, in a crowd and after a preemption; whether XTC applies is drawn with
+another seed made of the same one. The vocabulary is never sorted.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stoker.engine.filters import exclude_top_choices, typical
 from stoker.engine.filters import head as _head
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ NOT_FINITE = -1
 _MASK64 = (1 << 64) - 1
 _FIRST_HEAD = 256  # candidates to rank before top-p looks further
 _BLOCK = 256
+_XTC_SALT = 0x58544358544358  # its draws have nothing to do with those of the tokens
 
 
 def uniform(seed: int, position: int) -> float:
@@ -190,8 +195,21 @@ def _sample_row(row: NDArray[np.float32], sequence: Sequence) -> int:
     if params.temperature == 0.0:
         return int(row.argmax())
     ids, probabilities = _candidates(row, params)
+    if _excludes_top_choices(sequence):
+        kept = exclude_top_choices(probabilities, params.xtc_threshold)
+        if kept is not None:
+            ids = kept if ids is None else ids[kept]
+            probabilities = probabilities[kept]
     at = _draw(probabilities, uniform(sequence.seed, sequence.num_tokens))
     return at if ids is None else int(ids[at])
+
+
+def _excludes_top_choices(sequence: Sequence) -> bool:
+    """Whether XTC applies to a sequence's next token."""
+    params = sequence.sampling
+    if params.xtc_probability <= 0.0 or params.xtc_threshold > 0.5:
+        return False
+    return uniform(sequence.seed ^ _XTC_SALT, sequence.num_tokens) < params.xtc_probability
 
 
 def _adjusted(row: NDArray[np.float32], sequence: Sequence) -> NDArray[np.float32]:
@@ -228,6 +246,10 @@ def _candidates(
         row = row[ids]
     # Subtract before dividing: a tiny temperature must not overflow to inf - inf.
     weights = np.exp((row - row.max()) / np.float32(max(params.temperature, 1e-5)))
+    if params.typical_p < 1.0:
+        kept = typical(weights, params.typical_p)
+        ids = kept if ids is None else ids[kept]
+        weights = weights[kept]
     if params.top_p < 1.0:
         kept = _nucleus(weights, params.top_p)
         ids = kept if ids is None else ids[kept]

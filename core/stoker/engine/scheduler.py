@@ -18,6 +18,7 @@ from stoker.engine.in_flight import InFlightPrefixes
 from stoker.engine.plan import Plan
 from stoker.engine.policy_guard import PolicyGuard
 from stoker.engine.reservations import Reservations
+from stoker.engine.scoring import within_rows
 from stoker.engine.sequence import Sequence, SequenceStatus
 from stoker.errors import EngineError
 from stoker.interfaces import MAX_DEFERRED, MAX_VIEWS, PolicyContext, StepCost, TenantShare
@@ -55,6 +56,7 @@ class Scheduler:
         paused: Who had one, and waits for its reader.
         costs: What steps cost lately.
         in_flight: Prefixes that are being computed, and who waits for them.
+        max_scored_rows: Prompt tokens of a step that may be scored.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Scheduler:
         self.paused: dict[int, Sequence] = {}
         self.costs = lanes.costs.steps = CostModel()
         self.num_preemptions = 0
+        self.max_scored_rows = self.token_budget
         self.in_flight = InFlightPrefixes(self, is_on=share_in_flight)
         self._admission = Admission(self, config)
         self._admitted: list[Sequence] = []
@@ -288,6 +291,7 @@ class Scheduler:
         if self.target_step_s:
             self._finish_short(shares, prefilling, plan, is_mixed=num_decoding > 0)
         shares = self.lanes.blocks.fit(shares, prefilling)
+        shares = within_rows(shares, prefilling, self.lanes.blocks, self.max_scored_rows)
         plan.prefills = [(s, shares[s.sequence_id]) for s in prefilling if shares[s.sequence_id]]
 
     def _finish_short(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from stoker.engine.ledger import OutputLedger
     from stoker.engine.masks import Constraint
     from stoker.engine.sampler import TokenCounts
+    from stoker.engine.scoring import PromptScores
 
 __all__ = ["NO_LANE", "Facts", "Sequence", "SequenceStatus"]
 
@@ -111,6 +112,7 @@ class Sequence:
         rules: What its logits need beyond bias and penalties.
         ledger: What its deltas tell beyond text.
         constraint: Where it stands in its request's grammar; ``None`` before its first token, or without one.
+        scores: How likely its prompt's tokens are, until that is told.
         facts: What is told about it.
     """
 
@@ -144,6 +146,7 @@ class Sequence:
         "request",
         "rules",
         "sampling",
+        "scores",
         "seed",
         "sequence_id",
         "status",
@@ -187,6 +190,7 @@ class Sequence:
         self.rules: TokenRules | None = None
         self.ledger: OutputLedger | None = None
         self.constraint: Constraint | None = None
+        self.scores: PromptScores | None = None
         self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
