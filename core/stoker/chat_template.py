@@ -246,7 +246,7 @@ class ChatTemplate:
     def _open_ended(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
     ) -> list[Mapping[str, Any]]:
-        """The messages with a mark where the last one's text ends (the way of Hugging Face's transformers)."""
+        """The messages with a mark where the last one's text ends, as Hugging Face's transformers does."""
         if add_generation_prompt:
             raise InvalidRequestError(
                 "'continue_final_message' and 'add_generation_prompt' contradict each other: the answer "

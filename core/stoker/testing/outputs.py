@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+
+import llguidance
 
 from stoker.pieces import CallPiece, OutputParser, Piece, ReasoningPiece, TextPiece
-
-if TYPE_CHECKING:
-    import llguidance
 
 __all__ = ["ByteVocabulary", "read_output"]
 
@@ -31,8 +29,6 @@ class ByteVocabulary:
     end = 256
 
     def __init__(self, special: Sequence[str] = ()) -> None:
-        import llguidance
-
         self.special_tokens = {text: self.end + 1 + i for i, text in enumerate(special)}
         self.tokens = [bytes([i]) for i in range(256)]
         self.tokens += [b"\xff" + name.encode() for name in ("<end>", *special)]
@@ -40,6 +36,7 @@ class ByteVocabulary:
         self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self))
 
     def __call__(self, data: bytes) -> list[int]:
+        """Tokens of forced text, for llguidance."""
         return list(data)
 
     def encode(self, text: str) -> list[int]:
@@ -67,8 +64,6 @@ class ByteVocabulary:
         Raises:
             ValueError: It does not compile; says why.
         """
-        import llguidance
-
         matcher = llguidance.LLMatcher(self._tokenizer, grammar)
         if matcher.is_error():
             raise ValueError(f"{matcher.get_error()}\n{grammar}")
@@ -100,7 +95,7 @@ class ByteVocabulary:
         return self.decode(tokens), matcher.is_stopped()
 
     def _choose(self, bias: bytes, chance: random.Random) -> int:
-        """A token that may come next: readable ones rather than others, and often one that closes something."""
+        """A token that may come next: a readable one, and often one that closes something."""
         possible = [token for token in range(len(self.tokens)) if bias[token]]
         readable = [t for t in possible if 32 <= t < 127 or t == 10 or t >= self.end]
         closing = [t for t in readable if t in {10, *b"}\"',])"} or t == self.end]
@@ -116,17 +111,27 @@ def read_output(parser: OutputParser, parts: Iterable[str]) -> list[Piece]:
         parser: A fresh parser.
         parts: The output's text, cut anywhere.
     """
-    found: list[Any] = []
+    found: list[Piece] = []
     for part in parts:
         found += parser.push(part)
     found += parser.finish()
-    joined: list[Any] = []
+    joined: list[Piece] = []
     for piece in found:
-        last = joined[-1] if joined else None
-        if isinstance(piece, CallPiece) and not piece.name and isinstance(last, CallPiece):
-            joined[-1] = CallPiece(last.index, last.arguments + piece.arguments, last.name)
-        elif isinstance(piece, TextPiece | ReasoningPiece) and type(piece) is type(last):
-            joined[-1] = type(piece)(last.text + piece.text)
-        else:
+        together = _join(joined[-1], piece) if joined else None
+        if together is None:
             joined.append(piece)
+        else:
+            joined[-1] = together
     return joined
+
+
+def _join(first: Piece, second: Piece) -> Piece | None:
+    """Both in one, if the second continues the first."""
+    match first, second:
+        case CallPiece(), CallPiece(name=""):
+            return CallPiece(first.index, first.arguments + second.arguments, first.name)
+        case TextPiece(), TextPiece():
+            return TextPiece(first.text + second.text)
+        case ReasoningPiece(), ReasoningPiece():
+            return ReasoningPiece(first.text + second.text)
+    return None

@@ -1,7 +1,7 @@
 """Hermes and Qwen, and the fallback for models whose template knows no tools.
 
-A call is ``<tool_call>``, a line with a JSON object, ``</tool_call>``: the form of NousResearch's Hermes models,
-which Qwen 2.5 and 3 and many others took over.
+A call is ``<tool_call>``, a line with a JSON object, ``</tool_call>``: the form of NousResearch's Hermes
+models, which Qwen 2.5 and 3 and many others took over.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from stoker import OutputParser, Tool, ToolChoice
-from stoker_plugins.tool_formats.lark import allowed, json_calls, marker, repeated
+from stoker_plugins.tool_formats.lark import allowed, json_calls, marker
 from stoker_plugins.tool_formats.reading import CallReader, dumps
 from stoker_plugins.tool_formats.wording import WordedFormat
 
