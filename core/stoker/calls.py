@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from stoker.chat_template import ChatTemplate
     from stoker.config import AdmissionConfig
     from stoker.engine.client import EngineClient
-    from stoker.interfaces import ServedModel
+    from stoker.interfaces import ServedModel, ToolFormat
+    from stoker.reasoning import ReasoningMarks
 
 __all__ = ["Call", "RoutedModel", "check_length", "encode_prompt", "make_request"]
 
@@ -101,6 +102,8 @@ class RoutedModel:
         template: Its chat template.
         heartbeat_s: When the loop of its device last came round.
         grammars: Compiles what outputs must look like.
+        tool_format: How it writes tool calls; ``None`` if it has no tools.
+        reasoning: What it writes around its reasoning; ``None`` if that is not told apart.
     """
 
     served: ServedModel
@@ -108,6 +111,13 @@ class RoutedModel:
     template: ChatTemplate
     heartbeat_s: Callable[[], float]
     grammars: GrammarService = field(default_factory=GrammarService)
+    tool_format: ToolFormat | None = None
+    reasoning: ReasoningMarks | None = None
+
+    @property
+    def constrains(self) -> bool:
+        """Whether outputs can be made to follow a grammar."""
+        return self.grammars.is_on
 
 
 async def encode_prompt(routed: RoutedModel, call: Call) -> list[int]:
@@ -138,6 +148,7 @@ def make_request(
     priority: int,
     now_s: float,
     admission: AdmissionConfig,
+    shown_tokens: Mapping[int, str] = {},
 ) -> Request:
     """The request that a call stands for.
 
@@ -148,6 +159,7 @@ def make_request(
         priority: Lower runs first.
         now_s: Its arrival.
         admission: Timeouts.
+        shown_tokens: Control tokens that are part of the output's text.
 
     Raises:
         InvalidRequestError: The model cannot serve it.
@@ -175,6 +187,7 @@ def make_request(
         response_headers={},
         wants_token_ids=call.wants_token_ids,
         wants_progress=call.wants_progress,
+        shown_tokens=shown_tokens,
     )
 
 

@@ -13,15 +13,18 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stoker.errors import InvalidRequestError, ModelError
 from stoker.interfaces import Tokenizer
 
-__all__ = ["ChatTemplate"]
+__all__ = ["ChatTemplate", "RenderedPrompt"]
 
 # For models whose file brings no template: the form that their vocabulary was made for.
 _BY_CONTROL_TOKEN = {
@@ -48,6 +51,10 @@ _PLAIN = (
 )
 
 
+_TAIL_CHARS = 100
+_RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+
+
 class _TemplateRefusedError(Exception):
     """The template itself called ``raise_exception``."""
 
@@ -69,6 +76,19 @@ def _usual_form(tokenizer: Tokenizer) -> str:
     return next((form for token, form in _BY_CONTROL_TOKEN.items() if token in known), _PLAIN)
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A conversation as a model gets it.
+
+    Attributes:
+        token_ids: Its tokens.
+        tail: How its text ends; control tokens in it that nobody but the template wrote are whole.
+    """
+
+    token_ids: list[int]
+    tail: str
+
+
 class ChatTemplate:
     """One model's template, compiled once.
 
@@ -78,6 +98,9 @@ class ChatTemplate:
         tokenizer: The model's tokenizer.
         bos_token: What ``bos_token`` stands for in the template.
         eos_token: What ``eos_token`` stands for in the template.
+
+    Attributes:
+        knows_tools: Whether the template itself writes tools and calls.
 
     Raises:
         ModelError: The template does not compile.
@@ -94,30 +117,79 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
+        text = _usual_form(tokenizer) if source is None else source
         try:
-            self._template = environment.from_string(
-                _usual_form(tokenizer) if source is None else source
-            )
+            self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(text))
+            self._template = environment.from_string(text)
         except jinja2.TemplateError as error:
             raise ModelError(f"the model's chat template does not compile: {error}") from error
         self._tokenizer = tokenizer
         self._names = {"bos_token": bos_token, "eos_token": eos_token}
         special = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
-        # Nobody who does not know it can type it, and no template splits or strips on it.
-        self._mark = f"\ufdd0{secrets.token_hex(4)}\ufdd1"
+        # Nobody who does not know it can type it, no template splits or strips on it, and no filter that
+        # changes letters changes it.
+        secret = f"{secrets.randbits(48):015}"
+        self._mark = f"\ufdd0{secret}\ufdd1"
+        self._end_mark = f"\ufdd2{secret}\ufdd1"
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt as text, for people: what a user typed is not told from what the template wrote."""
-        return self._render(messages).replace(self._mark, "")
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a conversation may begin with a system message."""
+        messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+        try:
+            self._render(messages)
+        except InvalidRequestError:
+            return False
+        return True
 
-    def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The prompt as token ids.
+    def render(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> str:
+        """The prompt as text, for people: what a user typed is not told from what the template wrote.
+
+        Args:
+            messages: The conversation.
+            settings: As for ``prompt``.
+        """
+        return self._render(messages, **settings).replace(self._mark, "")
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
+        """The prompt as token ids; see ``prompt``."""
+        return self.prompt(messages, **settings).token_ids
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> RenderedPrompt:
+        """The prompt that a conversation is.
+
+        Args:
+            messages: The conversation.
+            tools: Functions that the model may call, in OpenAI's shape, for templates that know tools.
+            options: More names for the template (``chat_template_kwargs``): ``documents``,
+                ``enable_thinking``, ...
+            add_generation_prompt: Whether it ends with the beginning of an assistant's message.
+            continue_final_message: Whether it ends within the last message, an assistant's; not with
+                ``add_generation_prompt``.
 
         Raises:
-            InvalidRequestError: The template refuses these messages, or fails on them.
+            InvalidRequestError: The template refuses these messages, or fails on them, or the settings
+                contradict each other.
         """
-        marked = self._render([self._mark_strings(message) for message in messages])
+        marked = self._render(
+            [self._mark_message(message) for message in messages],
+            tools=self._mark_strings(tools),
+            options=self._mark_strings(options or {}),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return RenderedPrompt(self._encode(marked), marked[-_TAIL_CHARS:])
+
+    def _encode(self, marked: str) -> list[int]:
         if self._mark not in marked:
             return self._encode_trusted(marked)
         tokens: list[int] = []
@@ -128,10 +200,24 @@ class ChatTemplate:
             at = match.end()
         return tokens + self._encode_text(marked[at:])
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Any = None,
+        options: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        names = self._checked(options or {})
+        if continue_final_message:
+            messages = self._open_ended(messages, add_generation_prompt=add_generation_prompt)
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, **self._names
+            text = self._template.render(
+                names,
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
             )
         except _TemplateRefusedError as error:
             raise InvalidRequestError(
@@ -141,15 +227,68 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the model's chat template fails on these messages: {error}", param="messages"
             ) from error
+        return self._cut(text) if continue_final_message else text
 
-    def _mark_strings(self, value: Any, key: str = "") -> Any:
-        """Put the mark inside every control token's text, in all strings but the validated role."""
+    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All further names that the template gets.
+
+        Raises:
+            InvalidRequestError: The request may not set one of them.
+        """
+        for name in options:
+            if name in _RESERVED or name in self._template.globals:
+                raise InvalidRequestError(
+                    f"'chat_template_kwargs' may not set {name[:50]!r}",
+                    param="chat_template_kwargs",
+                )
+        return {**self._names, **options}
+
+    def _open_ended(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    ) -> list[Mapping[str, Any]]:
+        """The messages with a mark where the last one's text ends, as Hugging Face's transformers does."""
+        if add_generation_prompt:
+            raise InvalidRequestError(
+                "'continue_final_message' and 'add_generation_prompt' contradict each other: the answer "
+                "either goes on in the last message or begins a new one; set one of them to false",
+                param="continue_final_message",
+            )
+        last = messages[-1] if messages else {}
+        if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+            raise InvalidRequestError(
+                "'continue_final_message' needs a last message of the role assistant with text to go on "
+                "from",
+                param="continue_final_message",
+            )
+        return [*messages[:-1], {**last, "content": f"{last['content']}{self._end_mark}"}]
+
+    def _cut(self, text: str) -> str:
+        at = text.rfind(self._end_mark)
+        if at < 0:
+            raise InvalidRequestError(
+                "the model's chat template does not write the last message as it is, so that "
+                "'continue_final_message' cannot go on from it",
+                param="continue_final_message",
+            )
+        return text[:at].replace(self._end_mark, "")
+
+    def _mark_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Mark all strings but the role, which is one of a few."""
+        return {
+            name: value if name == "role" else self._mark_strings(value)
+            for name, value in message.items()
+        }
+
+    def _mark_strings(self, value: Any) -> Any:
+        """Put the mark inside every control token's text, also in the names of properties."""
         if isinstance(value, str):
-            if self._special is None or key == "role":
+            if self._special is None:
                 return value
             return self._special.sub(lambda m: m.group()[:1] + self._mark + m.group()[1:], value)
         if isinstance(value, Mapping):
-            return {name: self._mark_strings(item, name) for name, item in value.items()}
+            return {
+                self._mark_strings(name): self._mark_strings(item) for name, item in value.items()
+            }
         if isinstance(value, list | tuple):
             return [self._mark_strings(item) for item in value]
         return value

@@ -65,7 +65,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "performance.threads": (1, math.inf),
 }
 _NOT_EMPTY = (
-    *("server.host", "models.model", "models.id", "models.backend", "models.draft_model"),
+    *(
+        "server.host",
+        "models.model",
+        "models.id",
+        "models.backend",
+        "models.draft_model",
+        "models.tool_format",
+    ),
     "scheduler.policy",
     "cache.eviction",
     "performance.profile",

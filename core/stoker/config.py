@@ -86,7 +86,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         model: A path, or a reference such as ``hf:owner/repo/file.gguf`` or ``pypi:package``.
         id: Its name in the API; by default the file's.
         backend: Which backend loads it; ``auto`` asks each.
-        tool_format: How it writes tool calls; ``auto`` looks at its chat template.
+        tool_format: How it writes tool calls; ``auto`` looks at its chat template; ``none`` for no tools.
         reasoning: Whether ``<think>`` blocks of its answers are told apart as ``reasoning_content``: ``auto``
             looks at its chat template, ``on``, or ``off``.
         lanes: How many sequences run at once.
@@ -101,7 +101,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     id: str | None = None
     backend: str = "auto"
     tool_format: str = "auto"
-    reasoning: str = "auto"
+    reasoning: Literal["auto", "on", "off"] = "auto"
     lanes: int | None = None
     context: int | None = None
     weight: float = 1.0

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import psutil
 
-from stoker.calls import Call, RoutedModel, check_length, encode_prompt, make_request
+from stoker.calls import Call, RoutedModel, check_length, make_request
+from stoker.conversation import read_conversation
 from stoker.errors import (
     ModelNotFoundError,
     RequestCancelledError,
@@ -304,15 +305,16 @@ class Router:
         if self.draining:
             raise UnavailableError("the server is shutting down; send the request elsewhere")
         routed = self._find(call.model)
-        prompt = await encode_prompt(routed, call)
+        conversation = await read_conversation(routed, call)
         priority, warning = self._priority(call)
         request = make_request(
             routed,
             call,
-            prompt,
+            conversation.token_ids,
             priority=priority,
             now_s=self.clock(),
             admission=self.admission,
+            shown_tokens=conversation.shown_tokens,
         )
         request = await self._admit(request)
         if warning:
@@ -334,7 +336,8 @@ class Router:
         self.num_accepted += 1
         self.num_active += 1
         self.idle.clear()
-        return Generation(request, routed.served, stream, tracked, self._ended)
+        parser = conversation.new_parser
+        return Generation(request, routed.served, stream, tracked, self._ended, parser)
 
     def _submit(self, routed: RoutedModel, request: Request) -> DeltaStream:
         """Hand it to the engine, through the middleware that wants to stand between."""

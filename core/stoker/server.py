@@ -45,8 +45,10 @@ from stoker.interfaces import (
     ServerContext,
     SnapshotStore,
     TenantLoad,
+    ToolFormat,
 )
 from stoker.loader import ModelLoader
+from stoker.reasoning import find_marks
 from stoker.router import RoutedModel, Router
 from stoker.services import Services
 from stoker.stores import build_store
@@ -286,7 +288,18 @@ class Server(ServerContext):
             template,
             heartbeat_s=lambda: loop.heartbeat_s,
             grammars=GrammarService(self._grammar_compiler(runtime)),
+            tool_format=self._tool_format(model, runtime),
+            reasoning=find_marks(model.reasoning, runtime.info.chat_template, runtime.tokenizer),
         )
+
+    def _tool_format(self, model: ModelConfig, runtime: Runtime) -> ToolFormat | None:
+        """How a model writes tool calls: as it is told, or as the first format that suits it."""
+        special = runtime.tokenizer.special_tokens
+        for info in self.plugins.tool_formats(self.config, model):
+            form = cast(ToolFormat, self._make(info))
+            if model.tool_format == info.name or form.suits(runtime.info.chat_template, special):
+                return form
+        return None
 
     def _drafter_for(self, model: ModelConfig, runtime: Runtime) -> Drafter | None:
         """Who guesses tokens for a model, if anybody does."""

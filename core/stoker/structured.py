@@ -67,6 +67,11 @@ class GrammarService:
         self.num_stuck = 0
         self.num_compiled = 0
 
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a compiler."""
+        return self._compiler is not None
+
     async def get(self, spec: GrammarSpec) -> Grammar:
         """The compiled grammar.
 

@@ -76,6 +76,8 @@ class Request(msgspec.Struct, kw_only=True):
         predicted_token_ids: What the output will probably look like: what drafts may be taken from.
         wants_token_ids: Whether deltas carry token ids.
         wants_progress: Whether deltas without text tell how far the prompt is.
+        shown_tokens: Control tokens that are part of the output's text, with their text: markup that is to
+            be read, as of tool calls.
     """
 
     request_id: str
@@ -98,6 +100,7 @@ class Request(msgspec.Struct, kw_only=True):
     predicted_token_ids: Sequence[int] = ()
     wants_token_ids: bool = False
     wants_progress: bool = False
+    shown_tokens: Mapping[int, str] = {}
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from stoker import (
     ObserverInfo,
     PolicyInfo,
     RouteInfo,
+    ToolFormatInfo,
     hookimpl,
 )
 from stoker.testing.scripted_options import ScriptedOptions
@@ -115,6 +116,23 @@ def stoker_register_evictions() -> Sequence[EvictionInfo]:
             name="fifo",
             summary="The prefix that was kept first goes first",
             factory=_lazy(".evictions.fifo", "FirstInFirstOut"),
+        ),
+    ]
+
+
+def _tool_format(name: str, home: str, summary: str, order: int = 100) -> ToolFormatInfo:
+    module, kind = home.split(":")
+    factory = _lazy(f".tool_formats.{module}", kind)
+    return ToolFormatInfo(api_version=1, name=name, summary=summary, factory=factory, order=order)
+
+
+@hookimpl
+def stoker_register_tool_formats() -> Sequence[ToolFormatInfo]:
+    """How families of models write tool calls."""
+    return [
+        _tool_format("hermes", "hermes:Hermes", "<tool_call>{...}</tool_call>: Hermes, Qwen"),
+        _tool_format(
+            "generic", "hermes:Generic", "Any model: tools in words, calls by grammar", 1000
         ),
     ]
 

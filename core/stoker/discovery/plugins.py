@@ -23,10 +23,11 @@ from stoker.interfaces import (
     ObserverInfo,
     PolicyInfo,
     RouteInfo,
+    ToolFormatInfo,
 )
 
 if TYPE_CHECKING:
-    from stoker.config import Config
+    from stoker.config import Config, ModelConfig
     from stoker.interfaces import ServerContext
 
 __all__ = ["Plugins"]
@@ -230,6 +231,8 @@ class Plugins:
                 where = f"models[{index}].backend"
                 backend = self._configured(where, "backend", model.backend)
                 self.options(backend, config, model.options)
+        for model in config.models:
+            self.tool_formats(config, model)
         for kind in HOOKS:
             for descriptor in self.active(kind, config):
                 self.options(descriptor, config)
@@ -263,6 +266,20 @@ class Plugins:
         if name == type(config.server)().grammar and self._lookup("grammar", name) is None:
             return None
         return cast(GrammarInfo, self._configured("server.grammar", "grammar", name))
+
+    def tool_formats(self, config: Config, model: ModelConfig) -> list[ToolFormatInfo]:
+        """The tool formats that a model may have, in the order in which they are tried.
+
+        Raises:
+            ConfigError: Nobody offers the one that is asked for.
+            PluginError: Its plugin is broken, refused or contested.
+        """
+        if model.tool_format == "none":
+            return []
+        if model.tool_format == "auto":
+            return cast("list[ToolFormatInfo]", self.active("tool format", config))
+        info = self._configured("models.tool_format", "tool format", model.tool_format)
+        return [cast(ToolFormatInfo, info)]
 
     def _configured(self, setting: str, kind: Kind, name: str) -> Descriptor:
         try:
@@ -317,6 +334,9 @@ class Plugins:
             return config.cache.eviction == name
         if kind == "grammar":
             return config.server.grammar == name
+        if kind == "tool format":
+            wanted = {model.tool_format for model in config.models} or {"auto"}
+            return name in wanted or ("auto" in wanted and self._is_on(kind, descriptor, config))
         if kind == "backend":
             wanted = {model.backend for model in config.models} or {"auto"}
             return name in wanted or ("auto" in wanted and self._is_on(kind, descriptor, config))

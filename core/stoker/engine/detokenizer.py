@@ -8,7 +8,7 @@ ends the output (of several, the longest), so what comes out does not depend on 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 __all__ = ["Detokenizer", "TokenText"]
 
@@ -25,6 +25,23 @@ class TokenText:
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self.token_bytes = token_bytes
         self._texts: dict[int, str | None] = {}
+        self._showing: dict[tuple[tuple[int, str], ...], TokenText] = {}
+
+    def showing(self, shown: Mapping[int, str]) -> TokenText:
+        """The same, but for control tokens that show as text; kept, since models have few such sets."""
+        if not shown:
+            return self
+        key = tuple(sorted(shown.items()))
+        found = self._showing.get(key)
+        if found is None:
+            data = {token: text.encode() for token, text in shown.items()}
+            plain = self.token_bytes
+
+            def token_bytes(token: int) -> bytes:
+                return data[token] if token in data else plain(token)
+
+            found = self._showing[key] = TokenText(token_bytes)
+        return found
 
     def __call__(self, token: int) -> str | None:
         """The token's text, or ``None`` if its bytes are only part of some character."""

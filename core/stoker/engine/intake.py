@@ -44,7 +44,7 @@ class Intake:
         request = stream.request
         params = request.sampling
         detokenizer = Detokenizer(
-            self.token_text,
+            self.token_text.showing(request.shown_tokens),
             params.stop,
             include_stop=params.include_stop,
             min_tokens=params.min_tokens,

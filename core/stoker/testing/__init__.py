@@ -1,7 +1,8 @@
 """What plugin authors and stoker's own tests test with.
 
 ``ScriptedRuntime`` is a deterministic model that costs nothing; ``EngineHarness`` drives an engine step by
-step; ``FakeClock`` is a clock that a test moves; ``FaultyRuntime`` and ``FaultyPolicy`` go wrong on purpose.
+step; ``FakeClock`` is a clock that a test moves; ``FaultyRuntime`` and ``FaultyPolicy`` go wrong on purpose;
+``ByteVocabulary`` and ``read_output`` try a tool format's grammar and parser.
 Names are resolved on first use, as in ``stoker`` itself: the bundled plugins name the scripted backend's
 options without loading numpy.
 """
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from stoker.testing.clock import FakeClock
     from stoker.testing.faults import Fault, FaultyPolicy, FaultyRuntime
     from stoker.testing.harness import EngineHarness, Submitted
+    from stoker.testing.outputs import ByteVocabulary, read_output
     from stoker.testing.scripted import (
         ScriptedBackend,
         ScriptedRuntime,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from stoker.testing.scripted_options import ScriptedOptions
 
 _HOME_OF = {
+    "ByteVocabulary": "outputs",
     "EngineHarness": "harness",
     "FakeClock": "clock",
     "Fault": "faults",
@@ -35,9 +38,11 @@ _HOME_OF = {
     "ScriptedSource": "scripted",
     "ScriptedTokenizer": "scripted",
     "Submitted": "harness",
+    "read_output": "outputs",
 }
 
 __all__ = [
+    "ByteVocabulary",
     "EngineHarness",
     "FakeClock",
     "Fault",
@@ -49,6 +54,7 @@ __all__ = [
     "ScriptedSource",
     "ScriptedTokenizer",
     "Submitted",
+    "read_output",
 ]
 
 

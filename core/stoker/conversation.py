@@ -1,0 +1,278 @@
+"""A chat request and its model: the prompt, what the output must look like, and how it is read.
+
+What the API hands over names tools and a choice; the model has a template, a form in which it writes calls,
+and perhaps marks around its reasoning. Here they meet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from stoker.calls import Call, RoutedModel, encode_prompt
+from stoker.errors import InvalidRequestError
+from stoker.grammar import GrammarSpec
+from stoker.interfaces import Tool, ToolChoice, ToolFormat
+from stoker.pieces import OutputParser
+from stoker.reasoning import ReasoningMarks, ReasoningParser, is_open
+
+__all__ = ["Conversation", "read_conversation"]
+
+_OFF_THREAD_CHARS = 20_000  # what is longer is rendered and tokenized off the event loop
+_ANY_OBJECT: dict[str, Any] = {"type": "object", "additionalProperties": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a call becomes for its model.
+
+    Attributes:
+        token_ids: The prompt.
+        grammars: What the output must look like: the first of these that compiles; empty if it is free.
+        new_parser: Makes what reads one output; ``None`` if it is all text.
+        shown_tokens: Control tokens that are part of the output's text, with their text.
+        thinks_first: The marks of reasoning that may come before what ``grammars`` describe.
+        is_thinking: Whether the output begins within the reasoning.
+    """
+
+    token_ids: list[int]
+    grammars: tuple[GrammarSpec, ...] = ()
+    new_parser: Callable[[], OutputParser] | None = None
+    shown_tokens: Mapping[int, str] = field(default_factory=dict)
+    thinks_first: ReasoningMarks | None = None
+    is_thinking: bool = False
+
+
+async def read_conversation(routed: RoutedModel, call: Call) -> Conversation:
+    """What a call becomes for its model.
+
+    Args:
+        routed: The model.
+        call: The call; one with a ``prompt`` is all text.
+
+    Raises:
+        InvalidRequestError: The model, or its template, cannot do what is asked for.
+    """
+    if call.messages is None:
+        grammars = () if call.grammar is None else (call.grammar,)
+        return Conversation(await encode_prompt(routed, call), grammars)
+    if _size(call) < _OFF_THREAD_CHARS:
+        return _read(routed, call)
+    return await asyncio.to_thread(_read, routed, call)
+
+
+def _size(call: Call) -> int:
+    """Roughly how many characters have to be rendered."""
+    return sum(len(str(message.get("content") or "")) for message in call.messages or ()) + sum(
+        len(tool.description) + 50 * len(tool.parameters) for tool in call.tools
+    )
+
+
+def _read(routed: RoutedModel, call: Call) -> Conversation:
+    # With ``none`` the model is not told of the tools at all: what it does not know it does not call.
+    tools = () if call.tool_choice.mode == "none" else tuple(call.tools)
+    try:
+        return _read_with(routed, call, tools)
+    except RecursionError:
+        raise InvalidRequestError(
+            "the messages or tools are nested too deeply", param="tools" if tools else "messages"
+        ) from None
+
+
+def _read_with(routed: RoutedModel, call: Call, tools: Sequence[Tool]) -> Conversation:
+    form, marks, special = routed.tool_format, routed.reasoning, _special_tokens(routed)
+    messages, shown_tools = _for_template(routed, call, tools)
+    prompt = routed.template.prompt(
+        messages,
+        tools=shown_tools,
+        options=call.template_options,
+        add_generation_prompt=call.add_generation_prompt,
+        continue_final_message=call.continue_final_message,
+    )
+    continued = ""
+    if call.continue_final_message and call.messages:
+        continued = str(call.messages[-1].get("content") or "")
+    is_thinking = marks is not None and is_open(marks, prompt.tail, continued)
+    grammars: tuple[GrammarSpec, ...] = () if call.grammar is None else (call.grammar,)
+    read_calls: Callable[[], OutputParser] | None = None
+    if tools and form is not None:
+        grammars = _tool_grammars(routed, form, tools, call, special)
+        read_calls = partial(form.parser, tools, call.tool_choice, constrained=bool(grammars))
+    new_parser = read_calls
+    if marks is not None:
+        new_parser = partial(_reasoning_parser, marks, is_thinking, read_calls)
+    visible = [*(form.markers if tools and form is not None else ()), *(marks or ())]
+    return Conversation(
+        prompt.token_ids,
+        grammars,
+        new_parser,
+        {special[text]: text for text in visible if text in special},
+        marks,
+        is_thinking,
+    )
+
+
+def _special_tokens(routed: RoutedModel) -> Mapping[str, int]:
+    return routed.client.tokenizer.special_tokens
+
+
+def _reasoning_parser(
+    marks: ReasoningMarks, is_thinking: bool, read_calls: Callable[[], OutputParser] | None
+) -> OutputParser:
+    inner = None if read_calls is None else read_calls()
+    return ReasoningParser(marks, is_open=is_thinking, inner=inner)
+
+
+# --------------------------------------------------------------------------- for the template
+
+
+def _for_template(
+    routed: RoutedModel, call: Call, tools: Sequence[Tool]
+) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
+    """Messages and tools as the model's template wants them."""
+    messages: Sequence[Mapping[str, Any]] = call.messages or ()
+    form = routed.tool_format
+    if form is None or not (tools or any(map(_is_about_tools, messages))):
+        return messages, None
+    named = _with_names(messages)
+    if routed.template.knows_tools:
+        return form.adapt(named), [_described(tool) for tool in tools] or None
+    prepared = form.prepare(named, tools, call.tool_choice)
+    return _without_new_system(routed, messages, prepared), None
+
+
+def _is_about_tools(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls")) or message.get("role") == "tool"
+
+
+def _with_names(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose calls have objects for arguments, and whose results have the tool's name."""
+    names: dict[str, str] = {}
+    result: list[dict[str, Any]] = []
+    for i, message in enumerate(messages):
+        changed = dict(message)
+        if message.get("tool_calls"):
+            changed["tool_calls"] = [
+                _with_arguments(call, f"messages.{i}.tool_calls.{j}")
+                for j, call in enumerate(message["tool_calls"])
+            ]
+            for call in changed["tool_calls"]:
+                names[call.get("id") or ""] = call["function"]["name"]
+        elif message.get("role") == "tool" and "name" not in message:
+            name = names.get(message.get("tool_call_id") or "")
+            changed |= {} if name is None else {"name": name}
+        result.append(changed)
+    return result
+
+
+def _with_arguments(call: Mapping[str, Any], where: str) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    if not isinstance(arguments, Mapping):
+        try:
+            arguments = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            param = f"{where}.function.arguments"
+            raise InvalidRequestError(
+                f"{param!r} is not the text of a JSON object: {error}", param=param
+            ) from None
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _described(tool: Tool) -> dict[str, Any]:
+    """A tool as templates want it, in OpenAI's shape."""
+    parameters = tool.parameters or {"type": "object", "properties": {}}
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _without_new_system(
+    routed: RoutedModel, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """What the format says in a system message of its own goes to the user, where there can be none."""
+    had_one = bool(before) and before[0].get("role") == "system"
+    has_one = bool(after) and after[0].get("role") == "system"
+    if had_one or not has_one or routed.template.takes_system:
+        return after
+    text, rest = after[0]["content"], list(after[1:])
+    if rest and rest[0].get("role") == "user":
+        return [{**rest[0], "content": f"{text}\n\n{rest[0]['content']}"}, *rest[1:]]
+    return [{"role": "user", "content": text}, *rest]
+
+
+# --------------------------------------------------------------------------- grammars
+
+
+def _tool_grammars(
+    routed: RoutedModel,
+    form: ToolFormat,
+    tools: Sequence[Tool],
+    call: Call,
+    special: Mapping[str, int],
+) -> tuple[GrammarSpec, ...]:
+    """Grammars of outputs with calls: with every tool's schema, then with those of strict tools only.
+
+    Where a response format is asked for, too, the output is calls or what that describes.
+
+    Raises:
+        InvalidRequestError: There has to be a call, and nothing that makes sure of it.
+    """
+    choice = call.tool_choice
+    if not routed.constrains:
+        if choice.mode == "required":
+            raise InvalidRequestError(
+                "structured outputs are switched off here (server.grammar = none), without which no tool "
+                "call can be made sure of; use the tool_choice 'auto'",
+                param="tool_choice",
+            )
+        return ()
+    loose = [tool if tool.strict else _with_any_arguments(tool) for tool in tools]
+    versions = [tools] if loose == list(tools) else [tools, loose]
+    texts = [_grammar(form, version, choice, call.grammar, special) for version in versions]
+    return tuple(GrammarSpec(kind="lark", text=text, param="tools") for text in texts if text)
+
+
+def _with_any_arguments(tool: Tool) -> Tool:
+    return msgspec.structs.replace(tool, parameters=_ANY_OBJECT)
+
+
+def _grammar(
+    form: ToolFormat,
+    tools: Sequence[Tool],
+    choice: ToolChoice,
+    answer: GrammarSpec | None,
+    special: Mapping[str, int],
+) -> str:
+    if answer is None or choice.mode == "required":
+        return form.grammar(tools, choice, special)
+    calls = form.grammar(tools, msgspec.structs.replace(choice, mode="required"), special)
+    if not calls:
+        return ""
+    calls = re.sub(r"^start:", "tool_calls:", calls, count=1, flags=re.MULTILINE)
+    return f"start: tool_calls | answer\nanswer: {_rule(answer)}\n{calls}"
+
+
+def _rule(spec: GrammarSpec) -> str:
+    """What a rule of a Lark grammar says to describe the same.
+
+    Raises:
+        InvalidRequestError: It cannot.
+    """
+    if spec.kind == "json_object":
+        return '%json {"type": "object"}'
+    if spec.kind == "json_schema":
+        return f"%json {spec.text}"
+    if spec.kind == "choice":
+        return " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(spec.text))
+    raise InvalidRequestError(
+        f"{spec.param!r} cannot be combined with tools that the model may or may not call; leave one of "
+        "them out, or use the tool_choice 'required'",
+        param=spec.param,
+    )
