@@ -24,6 +24,7 @@ PUBLIC = {
     ),
     *("ConfigError", "ContextLengthError", "DeadlineError", "Delta", "EngineError", "FinishReason"),
     "DeltaStream",
+    "EmbeddingInfo",
     *("InvalidRequestError", "LoadSettings", "LoadSnapshot", "LocalModel", "Middleware"),
     *("MiddlewareInfo", "ModelError", "ModelNotFoundError", "ModelSource", "ModelSourceInfo"),
     *("Observer", "ObserverInfo", "OutOfMemoryError", "PluginConflictError"),

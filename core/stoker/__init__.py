@@ -34,6 +34,7 @@ _HOMES = {
         "Capabilities",
         "CommandInfo",
         "DeltaStream",
+        "EmbeddingInfo",
         "EngineSnapshot",
         "Eviction",
         "EvictionInfo",

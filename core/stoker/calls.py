@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
     from stoker.interfaces import ServedModel, ToolFormat
     from stoker.reasoning import ReasoningMarks
 
-__all__ = ["Call", "RoutedModel", "check_length", "encode_prompt", "make_request"]
+__all__ = [
+    "Call",
+    "RoutedModel",
+    "check_length",
+    "encode_prediction",
+    "encode_prompt",
+    "make_request",
+    "render_prompt",
+]
 
 _OFF_THREAD_CHARS = 20_000  # tokenizing more than this would hold up the event loop
 
@@ -123,8 +132,7 @@ class RoutedModel:
 async def encode_prompt(routed: RoutedModel, call: Call) -> list[int]:
     """The call's prompt as token ids."""
     if call.messages is not None:
-        size = sum(len(str(message.get("content") or "")) for message in call.messages)
-        if size < _OFF_THREAD_CHARS:
+        if _size(call.messages) < _OFF_THREAD_CHARS:
             return routed.template.encode(call.messages)
         return await asyncio.to_thread(routed.template.encode, call.messages)
     if call.suffix is not None:
@@ -138,6 +146,27 @@ async def encode_prompt(routed: RoutedModel, call: Call) -> list[int]:
     if len(text) < _OFF_THREAD_CHARS:
         return encode(text, add_special=True, parse_special=True)
     return await asyncio.to_thread(encode, text, add_special=True, parse_special=True)
+
+
+async def render_prompt(routed: RoutedModel, call: Call) -> str:
+    """The text that the model's template makes of a call's messages."""
+    messages = call.messages or []
+    if _size(messages) < _OFF_THREAD_CHARS:
+        return routed.template.render(messages)
+    return await asyncio.to_thread(routed.template.render, messages)
+
+
+def _size(messages: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(str(message.get("content") or "")) for message in messages)
+
+
+async def encode_prediction(routed: RoutedModel, call: Call) -> list[int]:
+    """What the call's output will probably be, as token ids."""
+    text = call.prediction
+    if not text:
+        return []
+    encode = partial(routed.client.tokenizer.encode, add_special=False, parse_special=False)
+    return encode(text) if len(text) < _OFF_THREAD_CHARS else await asyncio.to_thread(encode, text)
 
 
 def make_request(

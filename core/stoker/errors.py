@@ -22,7 +22,8 @@
     │   ├── DeadlineError              408, the request's own time ran out
     │   ├── RequestCancelledError      499, somebody cancelled it through the API
     │   ├── SlowReaderError            408, the client stopped reading
-    │   └── UnavailableError           503, draining or the model is not ready
+    │   ├── UnavailableError           503, draining or the model is not ready
+    │   └── UnservedEndpointError      501, an endpoint of the OpenAI API that this server never serves
     └── EngineError              a runtime failed; what a client sees as a 500
 
 Running out of KV memory is not here: it is an answer (``StepOutput.no_room``), not an error.
@@ -55,6 +56,7 @@ __all__ = [
     "SlowReaderError",
     "StokerError",
     "UnavailableError",
+    "UnservedEndpointError",
 ]
 
 
@@ -218,3 +220,11 @@ class UnavailableError(RequestError):
     status_code = 503
     error_type = "server_error"
     default_code = "service_unavailable"
+
+
+class UnservedEndpointError(RequestError):
+    """The endpoint is one of the OpenAI API, but not what this server is for."""
+
+    status_code = 501
+    error_type = "invalid_request_error"
+    default_code = "endpoint_not_supported"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING
 import msgspec
 import psutil
 
-from stoker.calls import Call, RoutedModel, check_length, make_request
-from stoker.conversation import read_conversation
+from stoker.calls import (
+    Call,
+    RoutedModel,
+    check_length,
+    encode_prediction,
+    encode_prompt,
+    make_request,
+    render_prompt,
+)
+from stoker.conversation import Conversation, read_conversation
+from stoker.embeddings import EmbedCall, embedding_request
 from stoker.errors import (
     ModelNotFoundError,
     RequestCancelledError,
@@ -22,11 +31,12 @@ from stoker.errors import (
     RequestNotFoundError,
     UnavailableError,
 )
+from stoker.generation import Generation
 from stoker.history import History, TrackedRequest
 from stoker.interfaces import Middleware
 from stoker.logs import CURRENT_REQUEST
 from stoker.tenants import Tenants
-from stoker.types import Delta, Request, RequestRecord
+from stoker.types import Request, RequestRecord
 
 if TYPE_CHECKING:
     from stoker.config import AdmissionConfig
@@ -37,7 +47,6 @@ if TYPE_CHECKING:
         EngineSnapshot,
         LoadSnapshot,
         Observer,
-        OutputParser,
         SchedulingPolicy,
         ServedModel,
         TenantLoad,
@@ -75,59 +84,6 @@ class Health(msgspec.Struct, kw_only=True):
     total_requests: int
     cache_hit_rate: float
     memory_usage_mb: float
-
-
-class Generation:
-    """One running request.
-
-    Args:
-        request: As the engine sees it.
-        model: The model that serves it.
-        stream: Its deltas.
-        tracked: The API request it belongs to.
-        new_parser: Makes what tells calls and reasoning from an output's text; ``None`` if all is text.
-        on_end: Awaited once when the last delta was read or the reader left.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        model: ServedModel,
-        stream: DeltaStream,
-        tracked: TrackedRequest,
-        on_end: Callable[[Generation], Awaitable[None]],
-        new_parser: Callable[[], OutputParser] | None = None,
-    ) -> None:
-        self.request = request
-        self.model = model
-        self.stream = stream
-        self.tracked = tracked
-        self.new_parser = new_parser
-        self._on_end = on_end
-
-    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        """Yield non-empty batches of deltas of any of the request's sequences until all have ended."""
-        try:
-            async for batch in self.stream:
-                yield batch
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        """Stop it; may be called twice, and after the end."""
-        self.stream.abort()
-        on_end, self._on_end = self._on_end, _nothing
-        if on_end is not _nothing:
-            task = asyncio.ensure_future(on_end(self))
-            _ending.add(task)
-            task.add_done_callback(_ending.discard)
-
-
-_ending: set[asyncio.Future[None]] = set()  # keeps the tasks alive until they are done
-
-
-async def _nothing(_: Generation) -> None:
-    return
 
 
 @dataclass(slots=True)
@@ -194,10 +150,6 @@ class Router:
             f"the model {model[:200]!r} is not served here; served: {names}", param="model"
         )
 
-    def tokenizer(self, model: str) -> Tokenizer:
-        """A model's tokenizer."""
-        return self._find(model).client.tokenizer
-
     def load(self, model: str) -> LoadSnapshot:
         """How busy a model is."""
         return self._find(model).client.load()
@@ -225,6 +177,18 @@ class Router:
     def policy(self, model: str) -> SchedulingPolicy:
         """The policy that schedules a model."""
         return self._find(model).client.policy
+
+    def tokenizer(self, model: str) -> Tokenizer:
+        """A model's tokenizer; safe to use from any thread."""
+        return self._find(model).client.tokenizer
+
+    async def encode(self, call: Call) -> list[int]:
+        """The tokens of the prompt that a call would have."""
+        return await encode_prompt(self._find(call.model), call)
+
+    async def render(self, call: Call) -> str:
+        """The text of the prompt that a call with messages would have."""
+        return await render_prompt(self._find(call.model), call)
 
     @property
     def uptime_s(self) -> float:
@@ -305,17 +269,8 @@ class Router:
         if self.draining:
             raise UnavailableError("the server is shutting down; send the request elsewhere")
         routed = self._find(call.model)
-        conversation = await read_conversation(routed, call)
         priority, warning = self._priority(call)
-        request = make_request(
-            routed,
-            call,
-            conversation.token_ids,
-            priority=priority,
-            now_s=self.clock(),
-            admission=self.admission,
-            shown_tokens=conversation.shown_tokens,
-        )
+        request, conversation = await self._make_request(routed, call, priority)
         request = await self._admit(request)
         if warning:
             add_warning(request.response_headers, warning)
@@ -323,7 +278,9 @@ class Router:
             if tracked.is_cancelled:
                 raise _cancelled()
             # Middleware may have changed what was asked for.
-            check_length(routed, request.sampling, len(request.prompt_token_ids), call.prompt_field)
+            if not request.inputs:
+                num_prompt = len(request.prompt_token_ids)
+                check_length(routed, request.sampling, num_prompt, call.prompt_field)
             if call.grammar is not None:
                 request.grammar = await routed.grammars.get(call.grammar)
                 for unsupported in request.grammar.warnings:
@@ -336,11 +293,35 @@ class Router:
         self.num_accepted += 1
         self.num_active += 1
         self.idle.clear()
-        parser = conversation.new_parser
+        parser = None if conversation is None else conversation.new_parser
         return Generation(request, routed.served, stream, tracked, self._ended, parser)
+
+    async def _make_request(
+        self, routed: RoutedModel, call: Call, priority: int
+    ) -> tuple[Request, Conversation | None]:
+        now_s, admission = self.clock(), self.admission
+        if isinstance(call, EmbedCall):
+            request = await embedding_request(
+                routed, call, priority=priority, now_s=now_s, admission=admission
+            )
+            return request, None
+        conversation = await read_conversation(routed, call)
+        request = make_request(
+            routed,
+            call,
+            conversation.token_ids,
+            priority=priority,
+            now_s=now_s,
+            admission=admission,
+            shown_tokens=conversation.shown_tokens,
+        )
+        request.predicted_token_ids = await encode_prediction(routed, call)
+        return request, conversation
 
     def _submit(self, routed: RoutedModel, request: Request) -> DeltaStream:
         """Hand it to the engine, through the middleware that wants to stand between."""
+        if request.inputs:
+            return routed.client.embed(request)  # what stands between knows deltas, not vectors
         forward: Callable[[Request], DeltaStream] = routed.client.submit
         for middleware in reversed(self.middleware):
             if type(middleware).submit is not Middleware.submit:

@@ -21,6 +21,7 @@ from stoker.config import Config, ModelConfig, TenantConfig
 from stoker.discovery import Plugins
 from stoker.engine.client import EngineClient
 from stoker.engine.draft_model import DraftModelDrafter, check_draft_model
+from stoker.engine.embedding import EmbeddingEngine
 from stoker.engine.loop import EngineLoop
 from stoker.engine.model_engine import ModelEngine
 from stoker.engine.ngram import NgramDrafter
@@ -275,13 +276,17 @@ class Server(ServerContext):
             speculation=config.speculation,
         )
         loop.engines.append(engine)
+        embedder: EmbeddingEngine | None = None
+        if runtime.info.capabilities.embed:
+            embedder = EmbeddingEngine(engine, self.tenants)
+            loop.embedders.append(embedder)
         template = ChatTemplate(
             runtime.info.chat_template,
             runtime.tokenizer,
             bos_token=runtime.info.bos_token,
             eos_token=runtime.info.eos_token,
         )
-        client = EngineClient(engine, loop, store)
+        client = EngineClient(engine, loop, store, embedder)
         return RoutedModel(
             served,
             client,

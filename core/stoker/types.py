@@ -67,7 +67,7 @@ class Request(msgspec.Struct, kw_only=True):
         queue_deadline_s: Give up if it was not admitted by then; ``None`` for never.
         deadline_s: Give up if it is not finished by then; ``None`` for never.
         cache_salt: Only requests with the same salt reuse each other's KV.
-        endpoint: ``"chat"``, ``"completion"`` or a plugin's own word.
+        endpoint: ``"chat"``, ``"completion"``, ``"embedding"``, ``"rerank"`` or a plugin's own word.
         headers: The HTTP headers, lower-case names, for middleware; secrets removed.
         user: Who asks, in the tenant's own words; empty when nobody said.
         metadata: What the client labelled it with; free for middleware to pass values along.
@@ -78,6 +78,8 @@ class Request(msgspec.Struct, kw_only=True):
         wants_progress: Whether deltas without text tell how far the prompt is.
         shown_tokens: Control tokens that are part of the output's text, with their text: markup that is to
             be read, as of tool calls.
+        inputs: Token sequences to embed, instead of a prompt to continue: then ``prompt_token_ids`` is all of
+            them, one after another, for those who count tokens, and only ``inputs`` is computed.
     """
 
     request_id: str
@@ -101,6 +103,7 @@ class Request(msgspec.Struct, kw_only=True):
     wants_token_ids: bool = False
     wants_progress: bool = False
     shown_tokens: Mapping[int, str] = {}
+    inputs: Sequence[Sequence[int]] = ()
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

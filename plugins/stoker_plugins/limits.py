@@ -198,7 +198,9 @@ class Limits(Middleware):
 
     def _estimate(self, request: Request) -> int:
         """Tokens of a request if all that was asked for is generated."""
-        wanted = request.sampling.max_tokens or self._options.default_output_tokens
+        wanted = request.sampling.max_tokens
+        if wanted is None:
+            wanted = self._options.default_output_tokens
         return len(request.prompt_token_ids) + request.n * wanted
 
     async def _settle(self, charges: Sequence[_Charge], used: Mapping[str, int] | None) -> None:

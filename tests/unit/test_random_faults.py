@@ -552,7 +552,7 @@ class Life:
         assert engine.num_observer_errors == self.books.num_failed
         generated = sum(d.num_tokens for r in self.requests for d in r.deltas)
         assert sum(s.num_generated_tokens for s in steps) == generated
-        assert sum(s.num_preemptions for s in steps) == engine._reporter._told_preemptions
+        assert sum(s.num_preemptions for s in steps) == engine.reporter._told_preemptions
         assert engine.scheduler.num_preemptions == sum(r.num_preemptions for r in self.books.ends)
         errors = engine.scheduler.policy.num_errors
         assert self.num_raised <= errors <= self.num_raised + self.num_spoilt

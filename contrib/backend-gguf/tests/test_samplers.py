@@ -19,8 +19,8 @@ from stoker_backend_gguf.runtime import GgufRuntime
 pytestmark = [pytest.mark.model]
 
 TEXT = (
-    'The sea: "blue and wide".\nThe sea was blue, and the sky was blue, and the sea was wide, and the sky was '
-    "blue, and the sea was blue, and the sky was blue, and the sea was"
+    'The sea: "blue and wide".\nThe sea was blue, and the sky was blue, and the sea was wide, and '
+    "the sky was blue, and the sea was blue, and the sky was blue, and the sea was"
 )
 
 

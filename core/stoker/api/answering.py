@@ -10,13 +10,13 @@ from litestar.types import ASGIApp, Receive
 
 from stoker.api.errors import asgi_error
 from stoker.api.events import StreamEncoder
-from stoker.api.incoming import AnyRequest, unless_gone
+from stoker.api.incoming import AnyRequest, merged_headers, unless_gone
 from stoker.api.requests import EXPLAIN_HEADER, Explain, explain_request, wants_explanation
 from stoker.api.run import Run, start
 from stoker.api.streaming import EventStream, stream_events
 from stoker.config import Config
 from stoker.logs import CURRENT_REQUEST
-from stoker.router import WARNING_HEADER, Call, Router, add_warning
+from stoker.router import Call, Router
 
 __all__ = ["AnswerForm", "answer"]
 
@@ -76,7 +76,7 @@ async def answer(
             call.tenant = context.tenant
     # Middleware may take its time; who does not wait for it must not be computed for.
     run = await unless_gone(start(router, calls), request.receive)
-    headers = _merged(run.headers, headers)
+    headers = merged_headers(run.headers, headers)
     explain: Explain | None = None
     if wants_explanation(calls[0].headers):
         explain = partial(explain_request, run.tracked, config.scheduler.policy)
@@ -131,17 +131,6 @@ async def _settled(first: asyncio.Future[bytes], patience_s: float) -> None:
     await asyncio.wait((first,), timeout=patience_s or None)
     if first.done():
         first.result()
-
-
-def _merged(headers: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
-    """Headers that middleware wants, and ours; of warnings all are kept."""
-    merged = dict(headers)
-    for name, value in own.items():
-        if name == WARNING_HEADER:
-            add_warning(merged, value)
-        else:
-            merged[name] = value
-    return merged
 
 
 def _explained(explain: Explain | None) -> dict[str, str]:

@@ -12,10 +12,13 @@ from stoker.api.access import Application
 from stoker.api.auth import KeyRing
 from stoker.api.cache import cache_routes
 from stoker.api.completions import completion_routes
+from stoker.api.embeddings import embedding_routes
 from stoker.api.errors import handle_exception
 from stoker.api.info import info_routes
 from stoker.api.openapi import openapi_config
 from stoker.api.requests import request_routes
+from stoker.api.tokens import token_routes
+from stoker.api.unserved import unserved_routes
 from stoker.config import Config
 from stoker.errors import PluginConflictError
 from stoker.router import Router
@@ -62,6 +65,9 @@ def build_app(
         *request_routes(config.scheduler.policy, router),
         *cache_routes(config, router),
         *info_routes(router),
+        *embedding_routes(config, router),
+        *token_routes(config, router),
+        *unserved_routes(),
     ]
     _check_paths(own, route_handlers)
     origins = config.server.cors_origins

@@ -1,7 +1,7 @@
 """What endpoints ask of the request they answer: its id, its tenant, whether its client is still there."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from litestar import Request
@@ -10,7 +10,7 @@ from litestar.types import Receive
 from stoker.api.errors import ClientDisconnectedError
 from stoker.api.streaming import wait_until_gone
 from stoker.logs import CURRENT_REQUEST
-from stoker.router import Router
+from stoker.router import WARNING_HEADER, Router, add_warning
 from stoker.tenants import ANONYMOUS
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "current_request_id",
     "current_tenant",
     "default_model",
+    "merged_headers",
     "unless_gone",
     "visible_headers",
 ]
@@ -53,6 +54,17 @@ def visible_headers(request: AnyRequest) -> dict[str, str]:
         for name, value in request.headers.items()
         if name.lower() not in _SECRET_HEADERS
     }
+
+
+def merged_headers(headers: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """Headers that middleware wants, and ours; of warnings all are kept."""
+    merged = dict(headers)
+    for name, value in own.items():
+        if name == WARNING_HEADER:
+            add_warning(merged, value)
+        else:
+            merged[name] = value
+    return merged
 
 
 async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:

@@ -26,6 +26,7 @@ from litestar.openapi.spec import (
 from stoker import __version__
 from stoker.api.answer_schemas import ChatCompletion, Completion
 from stoker.api.cache_schemas import CacheList, ClearedCache
+from stoker.api.embedding_schemas import EmbeddingList, EmbeddingRequest, Rerank, RerankRequest
 from stoker.api.request_schemas import ChatRequest, CompletionRequest
 from stoker.api.schemas import (
     CancelledRequest,
@@ -36,15 +37,23 @@ from stoker.api.schemas import (
     RequestDetails,
     RequestList,
 )
+from stoker.api.token_schemas import (
+    AppliedTemplate,
+    Detokenization,
+    DetokenizeRequest,
+    Tokenization,
+    TokenizeRequest,
+)
 from stoker.router import Health
 
-__all__ = ["generation_operation", "json_operation", "openapi_config"]
+__all__ = ["body_operation", "generation_operation", "json_operation", "openapi_config"]
 
 
 _BODIES = (
     ChatRequest, ChatCompletion, CompletionRequest, Completion, ModelList, EngineList, Health, Readiness,
     ErrorBody, RequestList, RequestDetails, CancelledRequest, CacheList,
-    ClearedCache,
+    ClearedCache, EmbeddingRequest, EmbeddingList, RerankRequest, Rerank, TokenizeRequest, Tokenization,
+    DetokenizeRequest, Detokenization, AppliedTemplate,
 )  # fmt: skip
 
 
@@ -93,6 +102,24 @@ def json_operation(response: str, **others: str) -> type[Operation]:
             }
 
     return JsonOperation
+
+
+def body_operation(request: str, response: str) -> type[Operation]:
+    """An operation that takes the struct named ``request`` and answers with the one named ``response``."""
+
+    @dataclass
+    class BodyOperation(Operation):
+        def __post_init__(self) -> None:
+            reference = Reference(ref=f"#/components/schemas/{request}")
+            self.request_body = RequestBody(
+                content={"application/json": OpenAPIMediaType(schema=reference)}, required=True
+            )
+            self.responses = {
+                "200": _json(response, "Success"),
+                "default": _json("ErrorBody", "An error"),
+            }
+
+    return BodyOperation
 
 
 _STRING = Schema(type=OpenAPIType.STRING)

@@ -219,19 +219,14 @@ class Plugins:
                 raise ConfigError(f"plugins.{name}.enabled: must be true or false")
             self._check_section(name, section)
         policy = self._configured("scheduler.policy", "policy", config.scheduler.policy)
-        self.options(policy, config)
-        eviction = self.eviction(config)
-        if eviction is not None:
-            self.options(eviction, config)
-        grammar = self.grammar(config)
-        if grammar is not None:
-            self.options(grammar, config)
+        for chosen in (policy, self.eviction(config), self.grammar(config)):
+            if chosen is not None:
+                self.options(chosen, config)
         for index, model in enumerate(config.models):
             if model.backend != "auto":
                 where = f"models[{index}].backend"
                 backend = self._configured(where, "backend", model.backend)
                 self.options(backend, config, model.options)
-        for model in config.models:
             self.tool_formats(config, model)
         for kind in HOOKS:
             for descriptor in self.active(kind, config):

@@ -10,16 +10,20 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
+from stoker.errors import EngineError
 from stoker.interfaces import CacheReport, DeltaStream
 from stoker.types import Delta, Request, RequestRecord, SequenceTrace
 
 if TYPE_CHECKING:
+    from stoker.engine.embedding import EmbeddingEngine
+    from stoker.engine.embedding_jobs import EmbeddingStream
     from stoker.engine.loop import EngineLoop
     from stoker.engine.model_engine import ModelEngine
     from stoker.engine.sequence import Sequence
     from stoker.errors import RequestError
     from stoker.interfaces import (
         CacheEntry,
+        EmbeddingInfo,
         EngineSnapshot,
         LoadSnapshot,
         RuntimeInfo,
@@ -163,14 +167,20 @@ class EngineClient:
         engine: The model's engine.
         loop: The loop of its device.
         store: The engine's store of snapshots, if it has one.
+        embedder: What embeds, if the model can.
     """
 
     def __init__(
-        self, engine: ModelEngine, loop: EngineLoop, store: SnapshotStore | None = None
+        self,
+        engine: ModelEngine,
+        loop: EngineLoop,
+        store: SnapshotStore | None = None,
+        embedder: EmbeddingEngine | None = None,
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._store = store
+        self._embedder = embedder
 
     @property
     def info(self) -> RuntimeInfo:
@@ -201,6 +211,22 @@ class EngineClient:
             self._engine.count_withdrawn(request)
             raise
         return stream
+
+    @property
+    def embedding(self) -> EmbeddingInfo | None:
+        """How the model embeds; ``None`` if it cannot."""
+        return None if self._embedder is None else self._embedder.info
+
+    def embed(self, request: Request) -> EmbeddingStream:
+        """Put a request's ``inputs`` into the loop's inbox; returns where their vectors will be.
+
+        Raises:
+            EngineError: The model has no embedder: ``embedding`` says so.
+            UnavailableError: The loop has ended.
+        """
+        if self._embedder is None:
+            raise EngineError(f"{self.info.name} does not embed")
+        return self._embedder.post(request, self._loop)
 
     def load(self) -> LoadSnapshot:
         """How busy the model is."""

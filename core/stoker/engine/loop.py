@@ -6,7 +6,8 @@
 
 The first and the last happen here; what lies between is ``ModelEngine.step``. With several models on a
 device, those that have work share its time by their weights (stride scheduling, Waldspurger and Weihl 1995):
-the one that had the least time for its weight is next, and what one leaves idle is the others'.
+the one that had the least time for its weight is next, and what one leaves idle is the others'. What a model
+embeds takes turns with what it generates in the same way, as if it were another model's.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from stoker.engine.client import RequestStream, deliver
 from stoker.errors import UnavailableError
 from stoker.types import Delta, FinishReason
 
 if TYPE_CHECKING:
+    from stoker.engine.embedding import EmbeddingEngine
     from stoker.engine.model_engine import ModelEngine, Outbox
     from stoker.errors import RequestError
 
@@ -34,6 +36,7 @@ logger = logging.getLogger("stoker.engine")
 
 _SHUTDOWN = "the server is shutting down; send the request elsewhere"
 T = TypeVar("T")
+Member: TypeAlias = "ModelEngine | EmbeddingEngine"
 
 _IDLE_WAIT_S = 1.0  # how long an idle loop sleeps before it shows a heartbeat
 
@@ -46,18 +49,21 @@ class EngineLoop:
         clock: Monotonic seconds.
 
     Attributes:
+        engines: What generates, one for each model.
+        embedders: What embeds, one for each model that can.
         heartbeat_s: When the loop last came round; what liveness is judged by.
     """
 
     def __init__(self, device: str, clock: Callable[[], float]) -> None:
         self.device = device
         self.engines: list[ModelEngine] = []
+        self.embedders: list[EmbeddingEngine] = []
         self.heartbeat_s = clock()
         self.clock = clock
         # What to do, given where to put deltas.
         self._inbox: deque[Callable[[Outbox], None]] = deque()
-        self._device_time: dict[ModelEngine, float] = {}  # seconds / weight
-        self._had_work: set[ModelEngine] = set()
+        self._device_time: dict[Member, float] = {}  # seconds / weight
+        self._had_work: set[Member] = set()
         self._wake = threading.Event()
         self._stopping = False
         self._closed = False  # nothing may enter the inbox any more; under the lock
@@ -83,7 +89,7 @@ class EngineLoop:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def post_submit(self, engine: ModelEngine, stream: RequestStream) -> None:
+    def post_submit(self, engine: Member, stream: RequestStream) -> None:
         """Hand a request to the loop.
 
         Raises:
@@ -157,10 +163,10 @@ class EngineLoop:
         with self._lock:
             self._closed = True
         self._drain_inbox()
-        for engine in self.engines:
-            self._end_all(engine, UnavailableError(_SHUTDOWN, code="server_shutdown"))
+        for member in self._members():
+            self._end_all(member, UnavailableError(_SHUTDOWN, code="server_shutdown"))
 
-    def _end_all(self, engine: ModelEngine, error: Exception) -> None:
+    def _end_all(self, engine: Member, error: Exception) -> None:
         """End every request of a model with an error."""
         outbox: Outbox = []
         try:
@@ -174,21 +180,24 @@ class EngineLoop:
         """One step of the model whose turn it is; returns whether there was work."""
         self._drain_inbox()
         self._look_after_readers()
-        ready = [engine for engine in self.engines if engine.has_work]
+        ready = [member for member in self._members() if member.has_work]
         if not ready:
             self._had_work.clear()
             for engine in self.engines:
                 self._attempt(engine, partial(_tidy, engine))
             return False
-        engine = ready[0] if len(ready) == 1 else self._next(ready)
+        member = ready[0] if len(ready) == 1 else self._next(ready)
         self._had_work = set(ready)
         started_s = self.clock()
-        self._attempt(engine, engine.step)
+        self._attempt(member, member.step)
         spent_s = self.clock() - started_s
-        self._device_time[engine] = self._device_time.get(engine, 0.0) + spent_s / engine.weight
+        self._device_time[member] = self._device_time.get(member, 0.0) + spent_s / member.weight
         return True
 
-    def _next(self, ready: list[ModelEngine]) -> ModelEngine:
+    def _members(self) -> list[Member]:
+        return [*self.engines, *self.embedders]
+
+    def _next(self, ready: list[Member]) -> Member:
         """The model that had the least time for its weight; who was idle has not saved any up."""
         time = self._device_time
         floor = min((time.get(e, 0.0) for e in ready if e in self._had_work), default=0.0)
@@ -205,7 +214,7 @@ class EngineLoop:
                 num_paused += len(engine.scheduler.paused)
         self._num_paused = num_paused
 
-    def _attempt(self, engine: ModelEngine, action: Callable[[Outbox], None]) -> None:
+    def _attempt(self, engine: Member, action: Callable[[Outbox], None]) -> None:
         """Do something for a model and publish what comes of it."""
         outbox: Outbox = []
         failure: Exception | None = None
@@ -234,13 +243,13 @@ class EngineLoop:
         self._publish(outbox)
 
     def _end(self, stream: RequestStream, error: RequestError | None, outbox: Outbox) -> None:
-        for engine in self.engines:
+        for member in self._members():
             if error is None:
-                engine.abort(stream, outbox)
+                member.abort(stream, outbox)
             else:
-                engine.cancel(stream, error, outbox)
+                member.cancel(stream, error, outbox)
 
-    def _submit(self, engine: ModelEngine, stream: RequestStream, outbox: Outbox) -> None:
+    def _submit(self, engine: Member, stream: RequestStream, outbox: Outbox) -> None:
         try:
             engine.submit(stream)
         except Exception as error:
@@ -264,8 +273,8 @@ class EngineLoop:
                 event_loop.call_soon_threadsafe(deliver, batch)
             except RuntimeError:  # the readers' event loop is closed: nobody is left to read
                 for stream in {stream for stream, _ in batch}:
-                    for engine in self.engines:
-                        engine.abort(stream, [])
+                    for member in self._members():
+                        member.abort(stream, [])
 
 
 def _tidy(engine: ModelEngine, _: Outbox) -> None:

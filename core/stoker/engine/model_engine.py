@@ -122,7 +122,7 @@ class ModelEngine:
         self._isolation = FailureIsolation(self.scheduler, self._compute, self._fail)
         self._waiting = WaitingTable()
         self._outputs = OutputModel()
-        self._reporter = Reporter(self.scheduler, observers, clock)
+        self.reporter = Reporter(self.scheduler, observers, clock)
         self._intake = Intake(runtime, self.max_total_tokens)
         self._logprobs = LogprobTeller(self._intake.names)
         self._masks = GrammarMasks(info)
@@ -147,7 +147,7 @@ class ModelEngine:
             num_running=len(self.scheduler.running),
             num_waiting=self._waiting.num_sequences,
             waiting_tokens=self._waiting.num_tokens,
-            tokens_per_s=self._reporter.tokens_per_s,
+            tokens_per_s=self.reporter.tokens_per_s,
             kv_tokens_used=lanes.used_tokens,
             kv_tokens_retained=lanes.retained_tokens,
             kv_tokens_capacity=lanes.capacity_tokens,
@@ -220,7 +220,7 @@ class ModelEngine:
     @property
     def num_observer_errors(self) -> int:
         """How often an observer failed so far."""
-        return self._reporter.num_observer_errors
+        return self.reporter.num_observer_errors
 
     @property
     def num_runtime_errors(self) -> int:
@@ -256,7 +256,7 @@ class ModelEngine:
             return
         if self.speculator is not None:
             self.speculator.draft(plan)
-        scheduled = self._reporter.describe(plan)
+        scheduled = self.reporter.describe(plan)
         gaps: list[float] = []
         before = len(outbox)
         plan_tokens = (plan.num_prefill_tokens, len(plan.decodes))
@@ -264,7 +264,7 @@ class ModelEngine:
         runtime_s = self._compute(plan, gaps, outbox)
         self._step_started_s = None
         self._readers.pause_slow()
-        self._reporter.step(
+        self.reporter.step(
             plan_tokens=plan_tokens,
             started_s=started_s,
             runtime_s=runtime_s,
@@ -454,7 +454,7 @@ class ModelEngine:
         if not siblings:
             del self._sequences[stream]
         outbox.append((stream, delta))
-        self._reporter.finished(record)
+        self.reporter.finished(record)
 
     def _expire(self, now_s: float, outbox: Outbox) -> None:
         for sequence in self.scheduler.expired(now_s):

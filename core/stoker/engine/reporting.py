@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stoker.engine.plan import Plan
 from stoker.engine.speculation import StepDrafts
@@ -48,6 +48,7 @@ class Reporter:
         # What the last record told of totals that are kept elsewhere.
         self._told_preemptions = 0
         self._told_policy_s = 0.0
+        self._num_drafter_errors = 0
 
     def describe(self, plan: Plan) -> Rows[ScheduledTokens]:
         """What a plan computes for whom; nothing if nobody wants to know."""
@@ -96,7 +97,7 @@ class Reporter:
         self.tokens_per_s = rate if not past else past * _RATE_MEMORY + rate * (1 - _RATE_MEMORY)
         if not self._is_wanted:
             return
-        policy, lanes = scheduler.policy, scheduler.lanes
+        policy = scheduler.policy
         # Since the last record: a step in which everybody had to yield leaves none.
         num_preemptions = scheduler.num_preemptions - self._told_preemptions
         self._told_preemptions = scheduler.num_preemptions
@@ -108,35 +109,75 @@ class Reporter:
                 for item in scheduled
             ]
         policy_s, self._told_policy_s = policy.spent_s - self._told_policy_s, policy.spent_s
-        record = StepRecord(
-            model=scheduler.model,
-            started_s=started_s,
-            duration_s=duration_s,
-            runtime_s=runtime_s,
-            num_prefill_tokens=plan_tokens[0],
-            num_decode_tokens=plan_tokens[1],
-            num_generated_tokens=num_generated,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_preemptions=num_preemptions,
-            num_cache_queries=lanes.query_tokens,
-            num_cache_hits=lanes.hit_tokens,
-            num_policy_errors=policy.num_errors,
-            num_runtime_errors=num_runtime_errors,
-            token_gaps_s=gaps,
-            scheduled=scheduled,
-            num_recomputed_tokens=sum(item.recomputed for item in scheduled),
-            num_paused=len(scheduler.paused),
-            policy_s=policy_s,
-            num_slow_policy_calls=policy.num_slow_calls,
-            num_observer_errors=self.num_observer_errors,
-            num_drafts=drafts.num_drafts,
-            num_draft_tokens=drafts.num_draft_tokens,
-            num_accepted_tokens=num_accepted,
-            accepted_per_position=drafts.accepted_per_position,
-            num_drafter_errors=0 if speculator is None else speculator.num_errors,
+        if speculator is not None:
+            self._num_drafter_errors = speculator.num_errors
+        self._tell_step(
+            StepRecord(
+                **self._totals(num_runtime_errors),
+                started_s=started_s,
+                duration_s=duration_s,
+                runtime_s=runtime_s,
+                num_prefill_tokens=plan_tokens[0],
+                num_decode_tokens=plan_tokens[1],
+                num_generated_tokens=num_generated,
+                num_preemptions=num_preemptions,
+                token_gaps_s=gaps,
+                scheduled=scheduled,
+                num_recomputed_tokens=sum(item.recomputed for item in scheduled),
+                policy_s=policy_s,
+                num_drafts=drafts.num_drafts,
+                num_draft_tokens=drafts.num_draft_tokens,
+                num_accepted_tokens=num_accepted,
+                accepted_per_position=drafts.accepted_per_position,
+            )
         )
-        policy.on_step(record)
+
+    def embedded(
+        self, scheduled: Rows[ScheduledTokens], started_s: float, num_runtime_errors: int
+    ) -> None:
+        """A batch of inputs was embedded, in a step that did nothing else.
+
+        Args:
+            scheduled: The tokens of each input.
+            started_s: When it began.
+            num_runtime_errors: How often the runtime failed so far.
+        """
+        if not self._is_wanted:
+            return
+        duration_s = self._clock() - started_s
+        self._tell_step(
+            StepRecord(
+                **self._totals(num_runtime_errors),
+                started_s=started_s,
+                duration_s=duration_s,
+                runtime_s=duration_s,
+                num_prefill_tokens=sum(item.prefill for item in scheduled),
+                num_decode_tokens=0,
+                num_generated_tokens=0,
+                num_preemptions=0,
+                scheduled=scheduled,
+            )
+        )
+
+    def _totals(self, num_runtime_errors: int) -> dict[str, Any]:
+        """The fields of a record that tell how things stand, or what happened since the start."""
+        scheduler = self._scheduler
+        return {
+            "model": scheduler.model,
+            "num_running": len(scheduler.running),
+            "num_waiting": len(scheduler.waiting),
+            "num_paused": len(scheduler.paused),
+            "num_cache_queries": scheduler.lanes.query_tokens,
+            "num_cache_hits": scheduler.lanes.hit_tokens,
+            "num_policy_errors": scheduler.policy.num_errors,
+            "num_slow_policy_calls": scheduler.policy.num_slow_calls,
+            "num_runtime_errors": num_runtime_errors,
+            "num_observer_errors": self.num_observer_errors,
+            "num_drafter_errors": self._num_drafter_errors,
+        }
+
+    def _tell_step(self, record: StepRecord) -> None:
+        self._scheduler.policy.on_step(record)
         self._tell(lambda observer: observer.on_step(record))
 
     def finished(self, record: RequestRecord) -> None:

@@ -45,6 +45,7 @@ from stoker.interfaces.policies import (
 from stoker.interfaces.runtimes import (
     Backend,
     Capabilities,
+    EmbeddingInfo,
     LoadSettings,
     Requantization,
     Runtime,
@@ -83,6 +84,7 @@ __all__ = [
     "CommandInfo",
     "DeltaStream",
     "Descriptor",
+    "EmbeddingInfo",
     "EngineSnapshot",
     "Eviction",
     "EvictionInfo",

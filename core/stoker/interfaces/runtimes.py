@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Capabilities",
+    "EmbeddingInfo",
     "LoadSettings",
     "Requantization",
     "Runtime",
@@ -37,7 +38,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
             than asked, down to none (recurrent or sliding-window memory).
         copy_prefix: ``copy_prefix`` works.
         snapshot: ``snapshot`` and ``restore`` work.
-        embed: ``embed`` works.
+        embed: ``embed`` works, and ``RuntimeInfo.embedding`` describes it.
         exact_block: Block length B of the promise that a prompt's KV has the same bits however the prompt was
             cut, as long as (1) whole blocks of B tokens, at multiples of B, are computed in chunks that start
             at a multiple of B and are a multiple of B long, and (2) what follows the prompt's last whole
@@ -63,6 +64,26 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     lane_locality: bool = False
 
 
+class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How a runtime turns token sequences into vectors.
+
+    Attributes:
+        width: Numbers of a vector.
+        max_input_tokens: Most tokens of one input.
+        pooling: How a vector is made from those of an input's tokens: ``mean``, ``cls`` (the first one's),
+            ``last``, or the model's own word. It is the runtime that does it, always in the same way.
+        max_inputs: Most inputs of one call.
+        truncatable: Whether the first numbers of a vector, brought back to length 1, are an embedding as
+            well (Matryoshka representation learning, Kusupati et al. 2022).
+    """
+
+    width: int
+    max_input_tokens: int
+    pooling: str
+    max_inputs: int = 64
+    truncatable: bool = False
+
+
 class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The fixed facts of a loaded model.
 
@@ -85,6 +106,7 @@ class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
         warnings: What the user should know, in full sentences.
         fingerprint: What else a snapshot depends on, beside the model's files and ``settings``: the version
             of the library that computes it, say.
+        embedding: How it embeds, where its capabilities say that it does.
     """
 
     name: str
@@ -104,6 +126,7 @@ class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
     settings: Mapping[str, str] = {}
     warnings: Sequence[str] = ()
     fingerprint: str = ""
+    embedding: EmbeddingInfo | None = None
 
 
 class Tokenizer(ABC):
@@ -175,8 +198,35 @@ class Runtime(ABC):
         raise TypeError(f"{self.info.name} has no capability snapshot")
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[Any]:
-        """``float32[len(inputs), width]``, one vector for each token sequence."""
+        """One vector for each token sequence, pooled as ``RuntimeInfo.embedding`` says.
+
+        The vectors need no particular length: the core brings them to length 1. The lanes are not touched.
+
+        Args:
+            inputs: 1 to ``max_inputs`` sequences of 1 to ``max_input_tokens`` tokens.
+
+        Returns:
+            ``float32[len(inputs), width]``.
+        """
         raise TypeError(f"{self.info.name} has no capability embed")
+
+    def embed_in_pieces(
+        self, inputs: Sequence[Sequence[int]], max_tokens: int
+    ) -> Iterator[NDArray[Any] | None]:
+        """The same, cut into pieces between which the core does other work, such as steps.
+
+        At most one is under way, and it may be closed before its end. Without an implementation of its own a
+        runtime embeds in one piece; the core asks for no more than ``max_tokens`` at once anyway, but a
+        single input may be longer.
+
+        Args:
+            inputs: See ``embed``.
+            max_tokens: Most tokens of one piece, as far as the runtime can choose.
+
+        Yields:
+            ``None`` after each piece but the last; at last what ``embed`` returns.
+        """
+        yield self.embed(inputs)
 
 
 class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):

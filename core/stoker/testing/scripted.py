@@ -12,7 +12,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ import numpy as np
 from stoker.interfaces import (
     Backend,
     Capabilities,
+    EmbeddingInfo,
     LoadSettings,
     ModelSource,
     Runtime,
@@ -52,6 +53,7 @@ _SPECIAL = {
 _END = _SPECIAL["<|end|>"]
 _BEGIN, _END_TEXT = "<|begin|>", "<|end|>"
 _VOCABULARY = 261
+_EMBEDDING_WIDTH = 32
 _TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -104,6 +106,7 @@ class ScriptedRuntime(Runtime):
     Attributes:
         before_step: Called with every step's input first; may raise, to play a failing runtime.
         num_steps: Steps computed so far.
+        before_embed: Called with every piece of inputs that is embedded, as ``before_step`` is.
     """
 
     def __init__(
@@ -134,12 +137,23 @@ class ScriptedRuntime(Runtime):
                 exact_block=options.exact_block,
                 exact_from=options.exact_from,
                 exact_tail=options.exact_tail,
+                embed=options.embed,
             ),
+            embedding=EmbeddingInfo(
+                width=_EMBEDDING_WIDTH,
+                max_input_tokens=options.max_input_tokens or context_length,
+                pooling="mean",
+                max_inputs=16,
+                truncatable=options.matryoshka,
+            )
+            if options.embed
+            else None,
             settings={"kind": "deterministic test model"}
             | ({"kernel": options.kernel} if options.kernel != "plain" else {}),
         )
         self.tokenizer = ScriptedTokenizer()
         self.before_step: Callable[[StepInput], None] | None = None
+        self.before_embed: Callable[[Sequence[Sequence[int]]], None] | None = None
         self.num_steps = 0
         # KV: for each lane, the hash of its first n tokens at [lane, n].
         self._states = np.zeros((lanes, context_length + 1), np.uint64)
@@ -258,6 +272,39 @@ class ScriptedRuntime(Runtime):
         self._states[lane, : len(states)] = states
         self._lengths[lane] = len(states) - 1
         return len(states) - 1
+
+    def embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """See ``expected_vector``."""
+        if not self.info.capabilities.embed:
+            return super().embed(inputs)
+        return np.stack([self.expected_vector(tokens) for tokens in inputs])
+
+    def embed_in_pieces(
+        self, inputs: Sequence[Sequence[int]], max_tokens: int
+    ) -> Iterator[NDArray[np.float32] | None]:
+        """The same, with the pauses of a model that takes ``step_s`` and ``token_s`` for each piece."""
+        left = sum(map(len, inputs))
+        while left > 0:
+            piece = min(left, max(1, max_tokens))
+            left -= piece
+            if self.before_embed is not None:
+                self.before_embed(inputs)
+            if self.options.step_s or self.options.token_s:
+                time.sleep(self.options.step_s + self.options.token_s * piece)
+            if left:
+                yield None
+        yield self.embed(inputs)
+
+    def expected_vector(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """What this model makes of an input, ``float32[32]``: how often tokens occur, and a bit of hash.
+
+        The hash tells apart what has the same tokens in another order.
+        """
+        counts = np.bincount(np.asarray(tokens) % _EMBEDDING_WIDTH, minlength=_EMBEDDING_WIDTH)
+        bits = np.uint64(self.state_after(list(tokens), 0)) >> np.arange(
+            _EMBEDDING_WIDTH, dtype=np.uint64
+        )
+        return (counts / len(tokens) + 0.01 * (bits & np.uint64(1))).astype(np.float32)
 
     def close(self) -> None:
         """Nothing to free."""

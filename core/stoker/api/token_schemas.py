@@ -1,0 +1,88 @@
+"""The bodies of ``/tokenize``, ``/detokenize`` and ``/apply-template``."""
+
+import msgspec
+
+from stoker.api.request_schemas import ChatMessage
+
+__all__ = [
+    "AppliedTemplate",
+    "Detokenization",
+    "DetokenizeRequest",
+    "TokenPiece",
+    "Tokenization",
+    "TokenizeRequest",
+]
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """The body of ``POST /tokenize``: exactly one of ``prompt``, ``content`` and ``messages``.
+
+    Attributes:
+        model: A served model's id; by default the first served model.
+        prompt: Text, with the tokens that the model wants around it, as in vLLM.
+        content: Text, without them, as in llama-server.
+        messages: A conversation: the tokens of the prompt that it becomes.
+        add_special_tokens: Whether to add the tokens that the model wants around a text.
+        add_special: The same, in llama-server's words.
+        parse_special: Whether the text of control tokens becomes those tokens; by default it does.
+        with_pieces: Whether ``tokens`` are objects that hold the token's text, as in llama-server.
+        return_token_strs: Whether to answer with ``token_strs``.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None
+    parse_special: bool | None = None
+    with_pieces: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenPiece(msgspec.Struct, kw_only=True):
+    """A token: its text, or its bytes where those are only a part of a character."""
+
+    id: int
+    piece: str | list[int]
+
+
+class Tokenization(msgspec.Struct, kw_only=True):
+    """The answer of ``POST /tokenize``.
+
+    Attributes:
+        tokens: Token ids; with ``with_pieces`` objects.
+        count: How many.
+        max_model_len: Most tokens of prompt and answer together.
+        token_strs: The text of each token; bytes that are no characters by themselves become U+FFFD.
+    """
+
+    tokens: list[int | TokenPiece]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """The body of ``POST /detokenize``.
+
+    Attributes:
+        model: A served model's id; by default the first served model.
+        tokens: Token ids.
+    """
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class Detokenization(msgspec.Struct, kw_only=True):
+    """The answer of ``POST /detokenize``: the text, in the words of vLLM and of llama-server."""
+
+    prompt: str
+    content: str
+
+
+class AppliedTemplate(msgspec.Struct, kw_only=True):
+    """The answer of ``POST /apply-template``: the text of the prompt that the messages become."""
+
+    prompt: str

@@ -1,0 +1,173 @@
+"""``/tokenize``, ``/detokenize``, ``/apply-template``, what is never served, and ``/v1/models``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import pytest
+
+from stoker.api.unserved import UNSERVED
+
+if TYPE_CHECKING:
+    from conftest import Running
+
+BEGIN, MODEL = 256, "org/scripted"
+END, USER, ASSISTANT = 257, 258, 259
+MESSAGES = [{"role": "user", "content": "hi <|end|>"}]
+RENDERED = "<|begin|><|user|>hi <|end|><|end|><|assistant|>"
+RENDERED_TOKENS = [BEGIN, USER, *b"hi <|end|>", END, ASSISTANT]
+
+
+def ask(client: httpx.Client, path: str, **fields: Any) -> Any:
+    response = client.post(path, json=fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"prompt": "ab"}, [BEGIN, *b"ab"]),
+        ({"content": "ab"}, [*b"ab"]),
+        ({"prompt": "ab", "add_special_tokens": False}, [*b"ab"]),
+        ({"content": "ab", "add_special": True}, [BEGIN, *b"ab"]),
+        ({"content": "ab", "add_special": True, "add_special_tokens": True}, [BEGIN, *b"ab"]),
+        ({"content": "a<|end|>"}, [*b"a", END]),
+        ({"content": "a<|end|>", "parse_special": False}, [*b"a<|end|>"]),
+        ({"content": ""}, []),
+        ({"messages": MESSAGES}, RENDERED_TOKENS),
+        ({"messages": MESSAGES, "add_special_tokens": False, "model": MODEL}, RENDERED_TOKENS),
+    ],
+)
+def test_tokens(client: httpx.Client, fields: dict[str, Any], tokens: list[int]) -> None:
+    body = ask(client, "/tokenize", **fields)
+    assert body["tokens"] == tokens
+    assert body["count"] == len(tokens)
+    assert body["max_model_len"] == 1024
+    assert body["token_strs"] is None
+
+
+def test_texts_and_pieces(client: httpx.Client) -> None:
+    body = ask(client, "/tokenize", content="é<|end|>a", with_pieces=True, return_token_strs=True)
+    assert body["tokens"] == [
+        {"id": 0xC3, "piece": [0xC3]},
+        {"id": 0xA9, "piece": [0xA9]},
+        {"id": END, "piece": "<|end|>"},
+        {"id": ord("a"), "piece": "a"},
+    ]
+    assert body["token_strs"] == ["\ufffd", "\ufffd", "<|end|>", "a"]
+
+
+def test_long_texts(client: httpx.Client) -> None:
+    tokens = ask(client, "/tokenize", content="x" * 100_000)["tokens"]
+    assert tokens == [ord("x")] * 100_000
+    assert ask(client, "/detokenize", tokens=tokens)["content"] == "x" * 100_000
+
+
+def test_texts_of_tokens(client: httpx.Client) -> None:
+    tokens = [BEGIN, *"naïve ☃".encode(), END, 0xFF]
+    text = "<|begin|>naïve ☃<|end|>\ufffd"
+    assert ask(client, "/detokenize", tokens=tokens) == {"prompt": text, "content": text}
+    assert ask(client, "/detokenize", tokens=[])["content"] == ""
+
+
+def test_prompts_of_messages(client: httpx.Client) -> None:
+    assert ask(client, "/apply-template", messages=MESSAGES) == {"prompt": RENDERED}
+    long = [{"role": "user", "content": "y" * 50_000}]
+    assert "y" * 50_000 in ask(client, "/apply-template", messages=long)["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "content": "a"}, "content"),
+        ("/tokenize", {"prompt": 3}, "prompt"),
+        (
+            "/tokenize",
+            {"content": "a", "add_special": True, "add_special_tokens": False},
+            "add_special",
+        ),
+        ("/tokenize", {"messages": MESSAGES, "add_special": True}, "add_special"),
+        ("/tokenize", {"messages": MESSAGES, "parse_special": True}, "parse_special"),
+        ("/tokenize", {"messages": [{"role": "god", "content": "a"}]}, "messages.0.role"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [1, 261]}, "tokens.1"),
+        ("/detokenize", {"tokens": [-1]}, "tokens.0"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens.0"),
+        ("/apply-template", {}, "messages"),
+        ("/apply-template", {"messages": []}, "messages"),
+    ],
+)
+def test_bad_requests_are_named(
+    client: httpx.Client, path: str, fields: dict[str, Any], param: str
+) -> None:
+    response = client.post(path, json=fields)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"].startswith(param)
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/apply-template"])
+def test_what_is_not_served_is_named(
+    client: httpx.Client, strict_server: Running, path: str
+) -> None:
+    given = {"/tokenize": {"content": "a"}, "/detokenize": {"tokens": [1]}}
+    body = {**given.get(path, {"messages": MESSAGES}), "colour": 1}
+    assert "'colour'" in client.post(path, json=body).headers["x-stoker-warning"]
+    strict = httpx.post(f"{strict_server.url}{path}", json=body)
+    assert (strict.status_code, strict.json()["error"]["param"]) == (400, "colour")
+    missing = client.post(path, json={**body, "model": "other"})
+    assert missing.status_code == 404
+
+
+# --------------------------------------------------------------------------- never served
+
+
+@pytest.mark.parametrize("name", sorted(UNSERVED))
+def test_what_is_never_served_says_so(client: httpx.Client, name: str) -> None:
+    for method, path in (("POST", f"/v1/{name}"), ("GET", f"/v1/{name}/some/thing")):
+        response = client.request(method, path)
+        assert response.status_code == 501
+        error = response.json()["error"]
+        assert error["code"] == "endpoint_not_supported"
+        assert error["message"].startswith(f"{method} {path}: ")
+        assert UNSERVED[name] in error["message"]
+
+
+def test_openais_client_does_not_try_again(server: Running) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=5) as client:
+        with pytest.raises(openai.InternalServerError, match="does not serve speech") as caught:
+            client.audio.speech.create(model=MODEL, voice="alloy", input="hello")
+        assert caught.value.status_code == 501
+        assert caught.value.response.request.headers["x-stainless-retry-count"] == "0"
+        with pytest.raises(openai.InternalServerError, match="images"):
+            client.images.generate(prompt="a cat")
+        with pytest.raises(openai.InternalServerError, match="fine-tuning"):
+            client.fine_tuning.jobs.list()
+        with pytest.raises(openai.InternalServerError, match="moderation"):
+            client.moderations.create(input="hello")
+
+
+# --------------------------------------------------------------------------- models
+
+
+def test_models_are_as_openai_describes_them(server: Running) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        (model,) = client.models.list().data
+        assert client.models.retrieve(model.id) == model
+    assert model.id == MODEL
+    assert model.object == "model"
+    assert isinstance(model.created, int)
+    assert isinstance(model.owned_by, str)
+
+
+def test_the_document_describes_these_endpoints(client: httpx.Client) -> None:
+    document = client.get("/schema/openapi.json").json()
+    paths = document["paths"]
+    for path in ("/v1/embeddings", "/v1/rerank", "/tokenize", "/detokenize", "/apply-template"):
+        assert "requestBody" in paths[path]["post"]
+    assert not any(path.startswith(f"/v1/{name}") for name in UNSERVED for path in paths)
+    for name in ("EmbeddingRequest", "EmbeddingList", "Rerank", "Tokenization"):
+        assert name in document["components"]["schemas"]
