@@ -317,7 +317,7 @@ def test_errors_of_plugin_routes(
     server.check_still_serves()
 
 
-@post("/health")
+@get("/health")
 async def another_health() -> None:
     return
 

@@ -165,7 +165,9 @@ class TextEncoder(StreamEncoder):
             self.start(index)
             + b'%s{"index":%d,' % (self._head, index)
             + content
-            + b',"logprobs":null,"finish_reason":"%s"}' % reason.encode()
+            + b',"logprobs":null,"finish_reason":"%s"' % reason.encode()
+            + (b"" if delta.stop is None else b',"stop_reason":' + _encode(delta.stop))
+            + b"}"
             + self._end
         )
 
