@@ -198,7 +198,8 @@ class Limits(Middleware):
 
     def _estimate(self, request: Request) -> int:
         """Tokens of a request if all that was asked for is generated."""
-        wanted = request.sampling.max_tokens or self._options.default_output_tokens
+        asked = request.sampling.max_tokens
+        wanted = self._options.default_output_tokens if asked is None else asked
         return len(request.prompt_token_ids) + request.n * wanted
 
     async def _settle(self, charges: Sequence[_Charge], used: Mapping[str, int] | None) -> None:
