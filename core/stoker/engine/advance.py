@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stoker.engine.sampler import NOT_FINITE
@@ -12,7 +12,6 @@ from stoker.errors import EngineError
 from stoker.types import FinishReason, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
-    from stoker.engine.ledger import OutputLedger
     from stoker.engine.sequence import Sequence
 
 __all__ = ["Advance", "advance"]
@@ -28,17 +27,14 @@ class Advance:
         reason: Why it ends; ``None`` if it goes on or failed.
         error: Why it failed: an ``EngineError``, or whatever the tokenizer raised.
         stop: The stop string or stop token that ended it.
-        token_ids: The tokens, if they are wanted.
-        logprobs: What is to be told of tokens whose text is out now.
     """
 
-    num_tokens: int = 0
-    text: str = ""
-    reason: FinishReason | None = None
-    error: Exception | None = None
-    stop: str | int | None = None
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
+    # No arguments: one is made for every sequence of every step.
+    num_tokens: int = field(default=0, init=False)
+    text: str = field(default="", init=False)
+    reason: FinishReason | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    stop: str | int | None = field(default=None, init=False)
 
 
 def advance(
@@ -56,15 +52,16 @@ def advance(
         entries: What is to be told of each of them, if anything.
     """
     done = Advance()
-    sampling, detokenizer, ledger = sequence.sampling, sequence.detokenizer, sequence.ledger
+    detokenizer, ledger = sequence.detokenizer, sequence.ledger
+    stop_ids = sequence.sampling.stop_token_ids
     for token in tokens:
         if token == NOT_FINITE:
             done.error = EngineError("the model produced logits that are not finite")
             break
         sequence.append(token)
         done.num_tokens += 1
-        is_end = token in end_token_ids or token in sampling.stop_token_ids
-        if is_end and _ends(done, token, end_token_ids, sampling):
+        is_end = token in end_token_ids or token in stop_ids
+        if is_end and _ends(done, token, end_token_ids, sequence.sampling):
             break
         try:
             if ledger is None:
@@ -82,7 +79,7 @@ def advance(
         if done.reason is not None:
             break
     if ledger is not None:
-        _tell(done, tokens, entries or (), sequence, ledger)
+        ledger.note(tokens[: done.num_tokens], entries or ())
     return done
 
 
@@ -97,18 +94,3 @@ def _ends(
         return False
     done.reason, done.stop = FinishReason.STOP, token
     return not sampling.include_stop
-
-
-def _tell(
-    done: Advance,
-    tokens: list[int],
-    entries: Rows[TokenLogprob],
-    sequence: Sequence,
-    ledger: OutputLedger,
-) -> None:
-    """Note what the reader wants to know of the tokens."""
-    if ledger.wants_token_ids:
-        done.token_ids = tuple(tokens[: done.num_tokens])
-    if entries:
-        ledger.cumulative_logprob += sum(e.logprob for e in entries[: done.num_tokens])
-        done.logprobs = ledger.release(sequence.detokenizer)
