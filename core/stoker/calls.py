@@ -251,7 +251,8 @@ def check_length(
     """
     limit = routed.client.max_total_tokens
     wanted = sampling.max_tokens or 0
-    if num_prompt + max(wanted, 1) <= limit:
+    # Who wants no token at all, only the prompt's scores, needs no room for one.
+    if num_prompt + (1 if sampling.max_tokens is None else wanted) <= limit:
         return
     asked = f" and {wanted} tokens were requested" if wanted else ""
     raise ContextLengthError(

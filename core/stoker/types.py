@@ -113,11 +113,15 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         prompt_tokens: Tokens of the prompt, counted once whatever ``n`` is.
         completion_tokens: Tokens generated, over all sequences.
         cached_tokens: Prompt tokens that did not have to be computed.
+        accepted_prediction_tokens: Tokens of the output that were guessed by the request's prediction.
+        rejected_prediction_tokens: Tokens that it guessed wrongly, and that were computed in vain.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, gc=False):

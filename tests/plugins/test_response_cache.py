@@ -50,16 +50,22 @@ def key(served: ServedModel = SERVED, *, per_tenant: bool = True, **fields: Any)
 HASHED = {
     *("model", "prompt_token_ids", "sampling", "n", "endpoint", "grammar"),
     "cache_salt",  # keeps apart what its sender wants kept apart
+    "grammar",  # cannot be compared: such a request has no key
 }
+WANTS_MORE = {"wants_token_ids", "wants_progress"}
+SAMPLING_WANTS_MORE = {"logprobs", "prompt_logprobs"}
 SAMPLING = {
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "ignore_eos"),
+    *("typical_p", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+    *("dry_sequence_breakers", "xtc_probability", "xtc_threshold"),
+    *("stop_token_ids", "include_stop", "min_tokens"),
 }
 
 
 def test_of_every_field_somebody_has_decided_whether_it_changes_the_answer() -> None:
-    assert set(Request.__struct_fields__) <= HASHED | IRRELEVANT
-    assert set(SamplingParams.__struct_fields__) <= SAMPLING
+    assert set(Request.__struct_fields__) <= HASHED | IRRELEVANT | WANTS_MORE
+    assert set(SamplingParams.__struct_fields__) <= SAMPLING | SAMPLING_WANTS_MORE
     assert not HASHED & IRRELEVANT
 
 
@@ -86,6 +92,17 @@ def test_of_every_field_somebody_has_decided_whether_it_changes_the_answer() -> 
                 "seed": 4,
                 "stop": ("x",),
                 "ignore_eos": True,
+                "typical_p": 0.9,
+                "dry_multiplier": 0.8,
+                "dry_base": 2.0,
+                "dry_allowed_length": 3,
+                "dry_penalty_last_n": 64,
+                "dry_sequence_breakers": ("x",),
+                "xtc_probability": 0.5,
+                "xtc_threshold": 0.2,
+                "stop_token_ids": (3,),
+                "include_stop": True,
+                "min_tokens": 2,
             }.items()
         ),
     ],
@@ -100,6 +117,7 @@ def test_what_does_not_change_the_answer_does_not_change_the_key() -> None:
     other |= {"headers": {"a": "b"}, "metadata": {"limits.ticket": object()}}
     assert key(**other) == key()
     assert key(prompt_token_ids=(1, 2)) == key()
+    assert key(predicted_token_ids=(1, 2)) == key()
     assert key(per_tenant=False, tenant="a") == key(per_tenant=False, tenant="b")
     bias = [{"logit_bias": {1: 1.0, 2: 2.0}}, {"logit_bias": {2: 2.0, 1: 1.0}}]
     assert key(sampling=bias[0]) == key(sampling=bias[1])
@@ -114,6 +132,22 @@ def test_greedy_and_seeded_requests_are_repeatable() -> None:
     assert is_repeatable(request())
     assert is_repeatable(request(sampling={"temperature": 1.0, "seed": 0}))
     assert not is_repeatable(request(sampling={"temperature": 1.0}))
+
+
+@pytest.mark.parametrize("name", sorted(WANTS_MORE))
+def test_who_wants_more_than_text_has_it_computed(name: str) -> None:
+    assert not is_repeatable(request(**{name: True}))
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLING_WANTS_MORE))
+def test_who_wants_log_probabilities_has_them_computed(name: str) -> None:
+    assert not is_repeatable(request(sampling={name: 0}))
+
+
+@pytest.mark.parametrize("stop", [None, "END", 7])
+def test_what_ended_a_stored_answer_is_told_again(stop: str | int | None) -> None:
+    stored = StoredAnswer((StoredSequence("text", FinishReason.STOP, 4, stop),), 0.0)
+    assert replay(stored, request()).endings[0].stop == stop
 
 
 def test_what_a_request_may_say() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stoker.engine.sampler import NOT_FINITE
@@ -12,7 +12,6 @@ from stoker.errors import EngineError
 from stoker.types import FinishReason, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
-    from stoker.engine.ledger import OutputLedger
     from stoker.engine.masks import Constraint
     from stoker.engine.sequence import Sequence
 
@@ -30,17 +29,14 @@ class Advance:
         error: Why it failed: an ``EngineError``, its grammar's ``RequestError``, or whatever the tokenizer
             raised.
         stop: The stop string or stop token that ended it.
-        token_ids: The tokens, if they are wanted.
-        logprobs: What is to be told of tokens whose text is out now.
     """
 
-    num_tokens: int = 0
-    text: str = ""
-    reason: FinishReason | None = None
-    error: Exception | None = None
-    stop: str | int | None = None
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
+    # No arguments: one is made for every sequence of every step.
+    num_tokens: int = field(default=0, init=False)
+    text: str = field(default="", init=False)
+    reason: FinishReason | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    stop: str | int | None = field(default=None, init=False)
 
 
 def advance(
@@ -58,15 +54,15 @@ def advance(
         entries: What is to be told of each of them, if anything.
     """
     done = Advance()
-    sampling, detokenizer, ledger = sequence.sampling, sequence.detokenizer, sequence.ledger
-    constraint = sequence.constraint
+    detokenizer, ledger = sequence.detokenizer, sequence.ledger
+    stop_ids, constraint = sequence.sampling.stop_token_ids, sequence.constraint
     for token in tokens:
         if _stops_before(done, token, constraint):
             break
         sequence.append(token)
         done.num_tokens += 1
-        is_end = token in end_token_ids or token in sampling.stop_token_ids
-        if is_end and _ends(done, token, end_token_ids, sampling):
+        is_end = token in end_token_ids or token in stop_ids
+        if is_end and _ends(done, token, end_token_ids, sequence.sampling):
             break
         if constraint is not None:
             constraint.accept(token)
@@ -83,7 +79,7 @@ def advance(
         if done.reason is not None:
             break
     if ledger is not None:
-        _tell(done, tokens, entries or (), sequence, ledger)
+        ledger.note(tokens[: done.num_tokens], entries or ())
     return done
 
 
@@ -120,18 +116,3 @@ def _ends(
         return False
     done.reason, done.stop = FinishReason.STOP, token
     return not sampling.include_stop
-
-
-def _tell(
-    done: Advance,
-    tokens: list[int],
-    entries: Rows[TokenLogprob],
-    sequence: Sequence,
-    ledger: OutputLedger,
-) -> None:
-    """Note what the reader wants to know of the tokens."""
-    if ledger.wants_token_ids:
-        done.token_ids = tuple(tokens[: done.num_tokens])
-    if entries:
-        ledger.cumulative_logprob += sum(e.logprob for e in entries[: done.num_tokens])
-        done.logprobs = ledger.release(sequence.detokenizer)

@@ -8,19 +8,20 @@ from stoker.types import Delta, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
     from stoker.engine.advance import Advance
+    from stoker.engine.ledger import OutputLedger
     from stoker.engine.sequence import Sequence
 
 __all__ = ["delta_of", "last_delta", "progress"]
 
 
-def delta_of(sequence: Sequence, done: Advance) -> Delta:
-    """The delta of a sequence that goes on, with all that its reader wants to know."""
+def delta_of(sequence: Sequence, ledger: OutputLedger, done: Advance) -> Delta:
+    """The delta of a sequence that goes on and tells more than its text."""
     return Delta(
         index=sequence.index,
         text=done.text,
         num_tokens=done.num_tokens,
-        token_ids=done.token_ids,
-        logprobs=done.logprobs,
+        token_ids=ledger.take_token_ids(),
+        logprobs=ledger.release(sequence.detokenizer),
         prompt_logprobs=_scores(sequence),
     )
 
@@ -56,10 +57,8 @@ def last_delta(
     stop = done.stop
     if detokenizer.stopped and not had_stopped and reason is FinishReason.LENGTH:
         reason, stop = FinishReason.STOP, detokenizer.stop_string
-    logprobs = done.logprobs
     cumulative = None
-    if sequence.sampling.logprobs is not None and ledger is not None:
-        logprobs += ledger.finish(tail, detokenizer)
+    if ledger is not None and sequence.sampling.logprobs is not None:
         cumulative = ledger.cumulative_logprob
     return Delta(
         index=sequence.index,
@@ -68,8 +67,8 @@ def last_delta(
         finish_reason=reason,
         error=error,
         usage=sequence.usage(),
-        token_ids=done.token_ids,
-        logprobs=logprobs,
+        token_ids=() if ledger is None else ledger.take_token_ids(),
+        logprobs=() if ledger is None else ledger.finish(tail, detokenizer),
         prompt_logprobs=_scores(sequence),
         stop=stop if reason is FinishReason.STOP else None,
         cumulative_logprob=cumulative,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ class Drafter(ABC):
         is_free: Guessing costs next to nothing (microseconds). It is then asked in every step, and what
             it says is compared with what the model says even when it is not worth computing.
         depth_s: Seconds that one more token for all its sequences takes, lately.
+        predicted: Sequences, by id, whose last guess came from their request's prediction.
     """
 
     is_free = False
     depth_s = 0.0
+    predicted: AbstractSet[int] = frozenset()
 
     @abstractmethod
     def propose(

@@ -7,6 +7,7 @@ string. What is told of a token waits as long as its text does, and if that is c
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,11 +46,12 @@ class OutputLedger:
         cumulative_logprob: Sum over all tokens, also those that only end the output.
     """
 
-    __slots__ = ("_num_out", "_waiting", "cumulative_logprob", "wants_token_ids")
+    __slots__ = ("_num_out", "_token_ids", "_waiting", "cumulative_logprob", "wants_token_ids")
 
     def __init__(self, *, wants_token_ids: bool) -> None:
         self.wants_token_ids = wants_token_ids
         self.cumulative_logprob = 0.0
+        self._token_ids: tuple[int, ...] = ()
         self._num_out = 0  # characters
         self._waiting: deque[_Waiting] = deque()
 
@@ -72,6 +74,23 @@ class OutputLedger:
                 _Waiting(entry, start, _NEVER if detokenizer.stopped else max(start, end))
             )
         return text
+
+    def note(self, tokens: Rows[int], entries: Rows[TokenLogprob]) -> None:
+        """Count the tokens of a step, pushed or not.
+
+        Args:
+            tokens: All of them, those that only ended the output, too.
+            entries: What was to be told of each of them, or of more; or nothing.
+        """
+        if self.wants_token_ids:
+            self._token_ids += tuple(tokens)
+        if entries:
+            self.cumulative_logprob += sum(e.logprob for e in entries[: len(tokens)])
+
+    def take_token_ids(self) -> tuple[int, ...]:
+        """The tokens since the last call, if they are wanted."""
+        tokens, self._token_ids = self._token_ids, ()
+        return tokens
 
     def release(self, detokenizer: Detokenizer) -> tuple[TokenLogprob, ...]:
         """What may be told now."""

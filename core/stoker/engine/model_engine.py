@@ -410,10 +410,10 @@ class ModelEngine:
             self._finish(sequence, done.reason, outbox, done=done)
         else:
             stream = sequence.stream
-            if sequence.ledger is None:
+            if sequence.ledger is None:  # nearly always: no call for each token
                 delta = Delta(index=sequence.index, text=done.text, num_tokens=done.num_tokens)
             else:
-                delta = delta_of(sequence, done)
+                delta = delta_of(sequence, sequence.ledger, done)
             outbox.append((stream, delta))
             stream.num_sent += 1
             if stream.num_sent - stream.num_read > self._readers.max_unread:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stoker.engine.drafters import Drafter
+from stoker.engine.prediction import PredictedText
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,7 +111,7 @@ class NgramIndex:
 
 
 class NgramDrafter(Drafter):
-    """Prompt lookup for every sequence, with an index each.
+    """Prompt lookup for every sequence, with an index each; what a request predicts is looked at first.
 
     Args:
         min_ngram: Fewest tokens that must agree.
@@ -123,14 +124,23 @@ class NgramDrafter(Drafter):
         self._min = min_ngram
         self._max = max_ngram
         self._indexes: dict[int, NgramIndex] = {}
+        self._predictions: dict[int, PredictedText] = {}
+        self.predicted: set[int] = set()
 
     def propose(
         self, sequences: Rows[Sequence], limits: Mapping[int, int]
     ) -> dict[int, NDArray[np.int32]]:
-        """What followed the end of each text before."""
+        """What followed the end of each text before, in its prediction or in itself."""
         drafts = {}
+        self.predicted.clear()
         for sequence in sequences:
             key = sequence.sequence_id
+            if sequence.request.predicted_token_ids:
+                draft = self._from_prediction(sequence, limits[key])
+                if len(draft):
+                    drafts[key] = draft
+                    self.predicted.add(key)
+                    continue
             index = self._indexes.get(key)
             if index is None:
                 index = self._indexes[key] = NgramIndex(self._min, self._max)
@@ -139,6 +149,14 @@ class NgramDrafter(Drafter):
                 drafts[key] = draft
         return drafts
 
+    def _from_prediction(self, sequence: Sequence, limit: int) -> NDArray[np.int32]:
+        text = self._predictions.get(sequence.sequence_id)
+        if text is None:
+            text = PredictedText(sequence.request.predicted_token_ids, self._min, self._max)
+            self._predictions[sequence.sequence_id] = text
+        return text.lookup(sequence.tokens[sequence.num_prompt : sequence.num_tokens], limit)
+
     def forget(self, sequence_id: int) -> None:
         """Drop the index of a sequence."""
         self._indexes.pop(sequence_id, None)
+        self._predictions.pop(sequence_id, None)

@@ -84,6 +84,8 @@ class Facts:
     recomputed_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_prediction: int = 0
+    rejected_prediction: int = 0
     paused_s: float = 0.0
     preemptions: list[Preemption] = field(default_factory=list)
 
@@ -287,6 +289,8 @@ class Sequence:
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_output,
             cached_tokens=self.num_cached,
+            accepted_prediction_tokens=self.facts.accepted_prediction,
+            rejected_prediction_tokens=self.facts.rejected_prediction,
         )
 
     def trace(self, now_s: float) -> SequenceTrace:

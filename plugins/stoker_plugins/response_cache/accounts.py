@@ -112,7 +112,12 @@ def at_no_cost(delta: Delta) -> Delta:
     usage = delta.usage
     if usage is None:
         return delta
-    usage = msgspec.structs.replace(usage, cached_tokens=usage.prompt_tokens)
+    usage = msgspec.structs.replace(
+        usage,
+        cached_tokens=usage.prompt_tokens,
+        accepted_prediction_tokens=0,
+        rejected_prediction_tokens=0,
+    )
     return msgspec.structs.replace(delta, usage=usage)
 
 

@@ -157,7 +157,7 @@ class Flight(Answer):
         for delta in self.deltas:
             texts[delta.index].append(delta.text)
         return tuple(
-            StoredSequence("".join(texts[index]), _reason(ending), _tokens(ending))
+            StoredSequence("".join(texts[index]), _reason(ending), _tokens(ending), ending.stop)
             for index, ending in sorted(self.endings.items())
         )
 
@@ -222,6 +222,7 @@ def replay(stored: StoredAnswer, request: Request) -> Answer:
             text=text[last_at:],
             num_tokens=sequence.completion_tokens,
             finish_reason=sequence.finish_reason,
+            stop=sequence.stop,
             usage=Usage(
                 prompt_tokens=len(request.prompt_token_ids),
                 completion_tokens=sequence.completion_tokens,

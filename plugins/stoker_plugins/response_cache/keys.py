@@ -20,6 +20,7 @@ IRRELEVANT = frozenset(
         *("request_id", "priority", "arrival_s", "queue_deadline_s", "deadline_s"),
         *("headers", "metadata", "response_headers", "user"),
         "tenant",  # hashed by itself where tenants are kept apart
+        "predicted_token_ids",  # only how soon it comes depends on it
     }
 )
 """Fields of ``Request`` that do not change its answer. All others are hashed, those of later versions too."""
@@ -29,8 +30,18 @@ _encoder = msgspec.json.Encoder(order="deterministic")
 
 
 def is_repeatable(request: Request) -> bool:
-    """Whether the same request should get the same answer again: greedy, or drawn with its own seed."""
-    return request.sampling.temperature == 0 or request.sampling.seed is not None
+    """Whether the same request should get the same answer again: greedy, or drawn with its own seed.
+
+    What tells more than its text is not kept, so who wants to know more has it computed.
+    """
+    sampling = request.sampling
+    wants_more = (
+        sampling.logprobs is not None
+        or sampling.prompt_logprobs is not None
+        or request.wants_token_ids
+        or request.wants_progress
+    )
+    return not wants_more and (sampling.temperature == 0 or sampling.seed is not None)
 
 
 def request_key(request: Request, served: ServedModel, *, per_tenant: bool) -> bytes:

@@ -31,6 +31,7 @@ class StoredSequence(msgspec.Struct, frozen=True, gc=False):
     text: str
     finish_reason: FinishReason
     completion_tokens: int
+    stop: str | int | None = None
 
 
 class StoredAnswer(msgspec.Struct, frozen=True):
@@ -42,7 +43,10 @@ class StoredAnswer(msgspec.Struct, frozen=True):
     @property
     def size_bytes(self) -> int:
         """Memory that it takes in a store, key and bookkeeping included."""
-        texts = sum(sys.getsizeof(sequence.text) for sequence in self.sequences)
+        texts = sum(
+            sys.getsizeof(sequence.text) + sys.getsizeof(sequence.stop)
+            for sequence in self.sequences
+        )
         return _OVERHEAD_BYTES + _SEQUENCE_BYTES * len(self.sequences) + texts
 
 
