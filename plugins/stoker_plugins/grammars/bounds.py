@@ -32,6 +32,7 @@ MAX_STRING = 4_000
 _MAX_MULTIPLES = 10_000  # of all ``multipleOf`` in sum
 _MAX_MULTIPLE = 10**6
 _MAX_PATTERN_PROPERTIES = 64
+_MAX_PROPERTIES = 1_000
 _ENOUGH = 10**9
 _NO_SCHEMAS = frozenset({"const", "enum", "default", "examples"})
 _COUNT = re.compile(r"\{(\d{1,9})(?:(,)(\d{0,9}))?\}")
@@ -98,6 +99,12 @@ def check_schema(schema: Any) -> str | None:
             return (
                 f"patternProperties holds {len(expressions):,} patterns; "
                 f"at most {_MAX_PATTERN_PROPERTIES} are accepted here"
+            )
+        properties = part.get("properties")
+        if isinstance(properties, Mapping) and len(properties) > _MAX_PROPERTIES:
+            return (
+                f"an object has {len(properties):,} properties; "
+                f"at most {_MAX_PROPERTIES:,} are accepted here"
             )
         if isinstance(part.get("pattern"), str):
             expressions.append(part["pattern"])
