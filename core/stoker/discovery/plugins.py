@@ -220,12 +220,9 @@ class Plugins:
             self._check_section(name, section)
         policy = self._configured("scheduler.policy", "policy", config.scheduler.policy)
         self.options(policy, config)
-        eviction = self.eviction(config)
-        if eviction is not None:
-            self.options(eviction, config)
-        grammar = self.grammar(config)
-        if grammar is not None:
-            self.options(grammar, config)
+        for chosen in (self.eviction(config), self.grammar(config)):
+            if chosen is not None:
+                self.options(chosen, config)
         for index, model in enumerate(config.models):
             if model.backend != "auto":
                 where = f"models[{index}].backend"

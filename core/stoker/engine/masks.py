@@ -129,6 +129,16 @@ class Constraint:
             self._fail(error)
             return 0
 
+    def forced(self) -> Rows[int]:
+        """Tokens of the only text that may come next; empty if there is a choice."""
+        if self.error is not None or self.is_over:
+            return ()
+        try:
+            return self._matcher.forced()
+        except Exception as error:  # noqa: BLE001 - see __init__
+            self._fail(error)
+            return ()
+
     def cannot_go_on(self) -> None:
         """No token of the vocabulary may come next."""
         param = self._grammar.spec.param
