@@ -55,7 +55,11 @@ class Matcher(ABC):
 
     @abstractmethod
     def accept(self, token: int) -> bool:
-        """Move on by a token; false, and nothing changes, if it may not come next."""
+        """Move on by a token; false, and nothing changes, if it may not come next.
+
+        Raises:
+            InvalidRequestError: As for ``fill_mask``.
+        """
 
     @abstractmethod
     def rollback(self, num_tokens: int) -> None:

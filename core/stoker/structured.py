@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -156,12 +158,14 @@ class GrammarService:
             with contextlib.suppress(RuntimeError):  # the event loop may be gone
                 loop.call_soon_threadsafe(settle, result, error)
 
-        threading.Thread(target=run, name="stoker-grammar", daemon=True).start()
+        thread = threading.Thread(target=run, name="stoker-grammar", daemon=True)
+        thread.start()
         done, _ = await asyncio.wait({future}, timeout=limit_s)
         if done:
             return future.result()
         self.num_stuck += 1
         logger.warning("a grammar did not compile within %g s; its thread is left alone", limit_s)
+        _lower_priority(thread)
         future.add_done_callback(self._came_back)
         raise TimeoutError
 
@@ -190,3 +194,10 @@ class GrammarService:
             "alternatives, smaller bounds, less nesting",
             param=spec.param,
         )
+
+
+def _lower_priority(thread: threading.Thread) -> None:
+    """Let everybody else go first, where the system has priorities for threads."""
+    if sys.platform == "linux" and thread.native_id is not None:
+        with contextlib.suppress(OSError):  # it came back in this moment
+            os.setpriority(os.PRIO_PROCESS, thread.native_id, 19)

@@ -11,6 +11,7 @@ model.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING
@@ -30,6 +31,10 @@ __all__ = ["Constraint", "GrammarMasks"]
 
 logger = logging.getLogger("stoker.engine")
 
+# The processor's time that a grammar may take of everybody's: at first, and for each token.
+_FREE_S = 0.5
+_TOKEN_S = 0.02
+
 
 class Constraint:
     """Where one sequence stands in its grammar. Nothing that goes wrong in here is raised: see ``error``.
@@ -42,11 +47,13 @@ class Constraint:
         error: Why the sequence cannot go on.
     """
 
-    __slots__ = ("_grammar", "_matcher", "error", "is_over")
+    __slots__ = ("_grammar", "_matcher", "_num_tokens", "_spent_s", "error", "is_over")
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
         self.is_over = False
+        self._spent_s = 0.0
+        self._num_tokens = 0
         self.error: Exception | None = None
         try:
             self._matcher = grammar.start()
@@ -72,12 +79,15 @@ class Constraint:
         """Move on by a token that was sampled."""
         if self.error is not None:
             return
+        began_s = time.thread_time()
         try:
             if not self._matcher.accept(token):
                 raise EngineError(f"token {token} was sampled, which the grammar does not allow")
             self.is_over = self._matcher.is_complete
         except Exception as error:  # noqa: BLE001 - see __init__
             self._fail(error)
+        self._num_tokens += 1
+        self._charge(began_s)
 
     def fill_ahead(self, draft: Rows[int], masks: NDArray[np.int32]) -> int:
         """Set the tokens that may come next, and after each token of a draft.
@@ -89,7 +99,7 @@ class Constraint:
         Returns:
             How many masks were set: fewer than all where the draft completes the output or leaves it.
         """
-        moved = 0
+        moved, began_s = 0, time.thread_time()
         try:
             for at in range(len(draft) + 1):
                 if not self.fill(masks[at]):
@@ -106,6 +116,7 @@ class Constraint:
             return 0
         finally:
             self._take_back(moved)
+            self._charge(began_s)
         return len(draft) + 1
 
     def count_valid(self, tokens: Rows[int]) -> int:
@@ -118,6 +129,16 @@ class Constraint:
             self._fail(error)
             return 0
 
+    def forced(self) -> Rows[int]:
+        """Tokens of the only text that may come next; empty if there is a choice."""
+        if self.error is not None or self.is_over:
+            return ()
+        try:
+            return self._matcher.forced()
+        except Exception as error:  # noqa: BLE001 - see __init__
+            self._fail(error)
+            return ()
+
     def cannot_go_on(self) -> None:
         """No token of the vocabulary may come next."""
         param = self._grammar.spec.param
@@ -126,6 +147,19 @@ class Constraint:
                 f"{param} asks for text that this model has no tokens for", param=param
             )
         )
+
+    def _charge(self, began_s: float) -> None:
+        """Count the processor's time, not the clock's: a busy machine is no fault of the grammar."""
+        self._spent_s += time.thread_time() - began_s
+        if self._spent_s > _FREE_S + _TOKEN_S * self._num_tokens and self.error is None:
+            param = self._grammar.spec.param
+            self._fail(
+                InvalidRequestError(
+                    f"{param} takes too long to follow: {self._spent_s:.2f} s for {self._num_tokens} tokens; "
+                    "make it simpler: smaller bounds, fewer alternatives",
+                    param=param,
+                )
+            )
 
     def _take_back(self, num_tokens: int) -> None:
         if not num_tokens:

@@ -48,6 +48,7 @@ _REFRESH_AFTER = (
     32  # steps with drafts in a row before one without: it shows what they are compared with
 )
 _PROBE_RATE = 0.4  # below, a guess whose acceptance is known anyway needs no probe
+_FORCED_RATE = 0.999  # acceptance of what a grammar leaves no choice about
 _REST = 32  # steps without drafts after a step with drafts found no room or failed
 
 
@@ -114,6 +115,7 @@ class Speculator:
         self._shared = Acceptance(_SHARED_MEMORY, prior)
         self._own: dict[int, Acceptance] = {}
         self._guesses: dict[int, list[int]] = {}  # what was guessed for the step, computed or not
+        self._forced: set[int] = set()  # of those, what a grammar leaves no choice about
         self._costs = DraftCostModel()
         self._drafted_steps = 0
         self._quiet_steps = 0
@@ -130,6 +132,7 @@ class Speculator:
         """Add drafts to a plan that has its room, as far as they pay and fit into what is left."""
         self.step = StepDrafts()
         self._guesses = {}
+        self._forced = set()
         drafter = self._drafter
         if drafter is None or not plan.decodes:
             return
@@ -166,7 +169,7 @@ class Speculator:
         """The draft of each sequence that gets one."""
         max_rows = self._room(plan)
         if self._is_free:
-            guesses = self._checked(drafter.propose(sequences, limits), sequences, limits)
+            guesses = self._checked(self._proposed(drafter, sequences, limits), sequences, limits)
             self._guesses = guesses
             able = [s for s in sequences if s.sequence_id in guesses]
             limits = {key: len(guess) for key, guess in guesses.items()}
@@ -176,8 +179,21 @@ class Speculator:
         if not lengths:
             return {}
         able = [s for s in sequences if s.sequence_id in lengths]
-        self._guesses = self._checked(drafter.propose(able, lengths), able, lengths)
+        self._guesses = self._checked(self._proposed(drafter, able, lengths), able, lengths)
         return self._guesses
+
+    def _proposed(
+        self, drafter: Drafter, sequences: list[Sequence], limits: Mapping[int, int]
+    ) -> Mapping[int, NDArray[np.int32]]:
+        """What the drafter guesses, but what a grammar forces where it leaves no choice."""
+        proposed = drafter.propose(sequences, limits)
+        forced = {
+            sequence.sequence_id: np.asarray(tokens, np.int32)
+            for sequence in sequences
+            if sequence.constraint is not None and (tokens := sequence.constraint.forced())
+        }
+        self._forced = set(forced)
+        return {**proposed, **forced} if forced else proposed
 
     def _room(self, plan: Plan) -> int:
         """Draft tokens that the step's budget and the KV memory have room for."""
@@ -246,15 +262,19 @@ class Speculator:
         if not self._costs.knows_drafts(num_decodes):
             max_rows = min(max_rows, _FIRST_ROWS)
         shared = self._shared.rate()
-        rates = [
-            shared if (own := self._own.get(s.sequence_id)) is None else own.rate(shared)
-            for s in sequences
-        ]
+        rates = [self._rate(s, shared) for s in sequences]
         lengths = choose_lengths(num_decodes, rates, wanted, cost, max_rows)
         if any(lengths):
             self._quiet_steps, self._probe_after = 0, _PROBE_AFTER
             return {s.sequence_id: k for s, k in zip(sequences, lengths, strict=True) if k}
         return self._probe(sequences, rates, wanted, max_rows)
+
+    def _rate(self, sequence: Sequence, shared: float) -> float:
+        """The acceptance to expect of a sequence's draft."""
+        if sequence.sequence_id in self._forced:
+            return _FORCED_RATE
+        own = self._own.get(sequence.sequence_id)
+        return shared if own is None else own.rate(shared)
 
     def _probe(
         self, sequences: list[Sequence], rates: list[float], wanted: list[int], max_rows: int
@@ -331,7 +351,7 @@ class Speculator:
 
     def _learn(self, sequence: Sequence, tokens: list[int]) -> None:
         guess = self._guesses.get(sequence.sequence_id)
-        if guess is None:
+        if guess is None or sequence.sequence_id in self._forced:
             return
         # The token after the last accepted one is a trial as well, also if its guess was not computed.
         seen = min(len(guess), len(tokens))

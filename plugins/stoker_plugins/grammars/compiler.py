@@ -63,7 +63,7 @@ class LlguidanceCompiler(GrammarCompiler):
         self._trie()
 
     def compile(self, spec: GrammarSpec) -> LlguidanceGrammar:
-        """Compile, and compute the first mask: what only fails there fails here.
+        """Compile, and take a first step: what fails there fails here.
 
         Raises:
             InvalidRequestError: See ``GrammarCompiler.compile``.
@@ -74,8 +74,9 @@ class LlguidanceCompiler(GrammarCompiler):
         _check(matcher, spec)
         warnings = tuple(matcher.get_grammar_warnings())
         num_words = (trie.vocab_size + 31) // 32
-        LlguidanceMatcher(matcher, spec, num_words).fill_mask(np.empty(num_words, np.int32))
-        return LlguidanceGrammar(spec, matcher, warnings, num_words)
+        grammar = LlguidanceGrammar(spec, matcher, warnings, num_words)
+        _probe(LlguidanceMatcher(matcher, spec, num_words), grammar.start(), num_words)
+        return grammar
 
     def _trie(self) -> LLTokenizer:
         with self._building:
@@ -136,7 +137,10 @@ class LlguidanceMatcher(Matcher):
 
     def accept(self, token: int) -> bool:
         """Move on by a token, if it may come next."""
-        return self._matcher.try_consume_tokens([token]) == 1
+        if self._matcher.try_consume_tokens([token]) == 1:
+            return True
+        _check(self._matcher, self._spec)
+        return False
 
     def rollback(self, num_tokens: int) -> None:
         """Take tokens back."""
@@ -155,6 +159,15 @@ class LlguidanceMatcher(Matcher):
     def is_complete(self) -> bool:
         """Whether nothing may follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+def _probe(first: Matcher, copy: Matcher, num_words: int) -> None:
+    """Compute the first mask of one matcher, and with a copy the second."""
+    mask = np.empty(num_words, np.int32)
+    first.fill_mask(mask)
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    if len(allowed) and copy.accept(int(allowed[0])) and not copy.is_complete:
+        copy.fill_mask(mask)
 
 
 def _check(matcher: LLMatcher, spec: GrammarSpec) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from stoker import InvalidRequestError
+from stoker_plugins.grammars.bounds import MAX_STRING, check_expression, check_lark, check_schema
 
 if TYPE_CHECKING:
     from stoker import GrammarSpec
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["source_of"]
 
 _OPENING, _CLOSING = b"[{(", b"]})"
-_ANY_OBJECT = '{"type": "object"}'
 
 
 def source_of(spec: GrammarSpec, options: LlguidanceOptions) -> str:
@@ -33,17 +33,31 @@ def source_of(spec: GrammarSpec, options: LlguidanceOptions) -> str:
     _check_size(spec, options)
     match spec.kind:
         case "json_object":
-            return _from_schema(_ANY_OBJECT, spec, options)
+            return _from_schema({"type": "object"}, spec, options)
         case "json_schema":
-            return _from_schema(spec.text, spec, options)
+            return _from_schema(_decoded(spec), spec, options)
         case "regex":
+            _refuse(check_expression(spec.text), spec)
             return LLMatcher.grammar_from_regex(spec.text)
         case "choice":
             return LLMatcher.grammar_from_lark(_from_choices(spec))
         case "gbnf":
             return LLMatcher.grammar_from_lark(_from_gbnf(spec))
         case "lark":
+            _refuse(check_lark(spec.text), spec)
             return LLMatcher.grammar_from_lark(spec.text)
+
+
+def _refuse(reason: str | None, spec: GrammarSpec) -> None:
+    if reason is not None:
+        raise InvalidRequestError(f"{spec.param} is too large: {reason}", param=spec.param)
+
+
+def _decoded(spec: GrammarSpec) -> Any:
+    try:
+        return json.loads(spec.text)
+    except ValueError as error:
+        raise InvalidRequestError(f"{spec.param} is not JSON: {error}", param=spec.param) from None
 
 
 def _check_size(spec: GrammarSpec, options: LlguidanceOptions) -> None:
@@ -67,10 +81,17 @@ def _check_size(spec: GrammarSpec, options: LlguidanceOptions) -> None:
         )
 
 
-def _from_schema(schema: str, spec: GrammarSpec, options: LlguidanceOptions) -> str:
+def _from_schema(schema: Any, spec: GrammarSpec, options: LlguidanceOptions) -> str:
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    if not isinstance(schema, dict):
+        raise InvalidRequestError(
+            f"{spec.param} is not a JSON schema: it must be an object", param=spec.param
+        )
+    _refuse(check_schema(schema), spec)
     try:
         return LLMatcher.grammar_from_json_schema(
-            schema,
+            json.dumps(schema),
             overrides={"whitespace_pattern": options.whitespace, "lenient": not spec.strict},
         )
     except ValueError as error:
@@ -80,19 +101,19 @@ def _from_schema(schema: str, spec: GrammarSpec, options: LlguidanceOptions) -> 
 
 
 def _from_choices(spec: GrammarSpec) -> str:
-    try:
-        choices = json.loads(spec.text)
-    except ValueError as error:
-        raise InvalidRequestError(f"{spec.param} is not JSON: {error}", param=spec.param) from None
+    choices = _decoded(spec)
     if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
         raise InvalidRequestError(f"{spec.param} must be a list of strings", param=spec.param)
     if not any(choices):
         raise InvalidRequestError(
             f"{spec.param} must hold at least one string that is not empty", param=spec.param
         )
-    # Sorted out first: of two that are the same the parser would follow both.
+    if (longest := max(map(len, choices))) > MAX_STRING:
+        reason = f"a string of {longest:,} characters; at most {MAX_STRING:,} are accepted here"
+        _refuse(reason, spec)
+    # One terminal: as alternatives of a rule, ten thousand would be ten thousand states of the parser.
     quoted = (json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(choices))
-    return "start: " + " | ".join(quoted)
+    return "start: CHOICE\nCHOICE: " + " | ".join(quoted)
 
 
 def _from_gbnf(spec: GrammarSpec) -> str:
