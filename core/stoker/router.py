@@ -324,10 +324,9 @@ class Router:
                 raise _cancelled()
             # Middleware may have changed what was asked for.
             check_length(routed, request.sampling, len(request.prompt_token_ids), call.prompt_field)
-            if call.grammar is not None:
-                request.grammar = await routed.grammars.get(call.grammar)
-                for unsupported in request.grammar.warnings:
-                    add_warning(request.response_headers, unsupported)
+            request.grammar, unsupported = await conversation.compile(routed.grammars)
+            for what in unsupported:
+                add_warning(request.response_headers, what)
             stream = self._submit(routed, request)
         except BaseException:
             await self._tell(self.middleware, request, ())
