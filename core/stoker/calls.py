@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stoker.engine.client import EngineClient
     from stoker.interfaces import ServedModel, ToolFormat
     from stoker.reasoning import ReasoningMarks
+    from stoker.thoughts import ThoughtTokens
 
 __all__ = [
     "Call",
@@ -113,6 +114,7 @@ class RoutedModel:
         grammars: Compiles what outputs must look like.
         tool_format: How it writes tool calls; ``None`` if it has no tools.
         reasoning: What it writes around its reasoning; ``None`` if that is not told apart.
+        thoughts: What of its vocabulary matters to that.
     """
 
     served: ServedModel
@@ -122,6 +124,7 @@ class RoutedModel:
     grammars: GrammarService = field(default_factory=GrammarService)
     tool_format: ToolFormat | None = None
     reasoning: ReasoningMarks | None = None
+    thoughts: ThoughtTokens | None = None
 
     @property
     def constrains(self) -> bool:

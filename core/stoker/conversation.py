@@ -18,15 +18,19 @@ import msgspec
 
 from stoker.calls import Call, RoutedModel, encode_prompt
 from stoker.errors import InvalidRequestError
-from stoker.grammar import GrammarSpec
+from stoker.grammar import Grammar, GrammarSpec
 from stoker.interfaces import Tool, ToolChoice, ToolFormat
 from stoker.pieces import OutputParser
 from stoker.reasoning import ReasoningMarks, ReasoningParser, is_open
+from stoker.structured import GrammarService
+from stoker.thoughts import AfterReasoning, ThoughtTokens
 
 __all__ = ["Conversation", "read_conversation"]
 
 _OFF_THREAD_CHARS = 20_000  # what is longer is rendered and tokenized off the event loop
 _ANY_OBJECT: dict[str, Any] = {"type": "object", "additionalProperties": True}
+_GUIDANCE = "x-guidance"  # where llguidance reads how to take a schema
+_LOOSE = "tools: parts of their schemas cannot be enforced; check the arguments of their calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +42,49 @@ class Conversation:
         grammars: What the output must look like: the first of these that compiles; empty if it is free.
         new_parser: Makes what reads one output; ``None`` if it is all text.
         shown_tokens: Control tokens that are part of the output's text, with their text.
-        thinks_first: The marks of reasoning that may come before what ``grammars`` describe.
+        thoughts: What of the vocabulary matters to reasoning that may come before what ``grammars``
+            describe; ``None`` if nothing may.
         is_thinking: Whether the output begins within the reasoning.
+        strict: The schemas that have to be enforced, each by itself: which one is at fault if they cannot.
     """
 
     token_ids: list[int]
     grammars: tuple[GrammarSpec, ...] = ()
     new_parser: Callable[[], OutputParser] | None = None
     shown_tokens: Mapping[int, str] = field(default_factory=dict)
-    thinks_first: ReasoningMarks | None = None
+    thoughts: ThoughtTokens | None = None
     is_thinking: bool = False
+    strict: tuple[GrammarSpec, ...] = ()
+
+    async def compile(self, service: GrammarService) -> tuple[Grammar | None, list[str]]:
+        """What the output must look like, and what of that cannot be enforced, in words.
+
+        Args:
+            service: Compiles for the model.
+
+        Raises:
+            InvalidRequestError: It cannot be compiled; names the field at fault.
+        """
+        if not self.grammars:
+            return None, []
+        grammar, is_loose = await self._first_that_compiles(service)
+        warnings = list(grammar.warnings)
+        if is_loose:
+            warnings.insert(0, _LOOSE)
+        if self.thoughts is None:
+            return grammar, warnings
+        await asyncio.to_thread(self.thoughts.prepare)
+        return AfterReasoning(grammar, self.thoughts, is_thinking=self.is_thinking), warnings
+
+    async def _first_that_compiles(self, service: GrammarService) -> tuple[Grammar, bool]:
+        for at, spec in enumerate(self.grammars):
+            try:
+                return await service.get(spec), at > 0
+            except InvalidRequestError as error:
+                refused = error
+        for spec in self.strict:
+            await service.get(spec)  # raises for the one at fault
+        raise refused
 
 
 async def read_conversation(routed: RoutedModel, call: Call) -> Conversation:
@@ -114,8 +151,21 @@ def _read_with(routed: RoutedModel, call: Call, tools: Sequence[Tool]) -> Conver
         grammars,
         new_parser,
         {special[text]: text for text in visible if text in special},
-        marks,
+        routed.thoughts,
         is_thinking,
+        _strict_specs(tools),
+    )
+
+
+def _strict_specs(tools: Sequence[Tool]) -> tuple[GrammarSpec, ...]:
+    return tuple(
+        GrammarSpec(
+            kind="json_schema",
+            text=json.dumps(tool.parameters),
+            param=f"tools.{i}.function.parameters",
+        )
+        for i, tool in enumerate(tools)
+        if tool.strict
     )
 
 
@@ -217,7 +267,10 @@ def _tool_grammars(
     call: Call,
     special: Mapping[str, int],
 ) -> tuple[GrammarSpec, ...]:
-    """Grammars of outputs with calls: with every tool's schema, then with those of strict tools only.
+    """Grammars of outputs with calls, the first that compiles of which is to be used.
+
+    With every tool's schema; of tools that are not strict without what the compiler does not know; of these
+    any object.
 
     Where a response format is asked for, too, the output is calls or what that describes.
 
@@ -233,13 +286,25 @@ def _tool_grammars(
                 param="tool_choice",
             )
         return ()
-    loose = [tool if tool.strict else _with_any_arguments(tool) for tool in tools]
-    versions = [tools] if loose == list(tools) else [tools, loose]
+    versions: list[Sequence[Tool]] = [[_with_guidance(tool, {}) for tool in tools]]
+    if not all(tool.strict for tool in tools):
+        versions.append([_with_guidance(tool, {"lenient": not tool.strict}) for tool in tools])
+        versions.append([_with_any_arguments(tool) for tool in tools])
     texts = [_grammar(form, version, choice, call.grammar, special) for version in versions]
     return tuple(GrammarSpec(kind="lark", text=text, param="tools") for text in texts if text)
 
 
+def _with_guidance(tool: Tool, guidance: Mapping[str, Any]) -> Tool:
+    """The tool, its schema with these hints for the compiler and none of the client's."""
+    parameters = {key: item for key, item in tool.parameters.items() if key != _GUIDANCE}
+    if parameters and guidance:
+        parameters[_GUIDANCE] = guidance
+    return msgspec.structs.replace(tool, parameters=parameters)
+
+
 def _with_any_arguments(tool: Tool) -> Tool:
+    if tool.strict:
+        return _with_guidance(tool, {})
     return msgspec.structs.replace(tool, parameters=_ANY_OBJECT)
 
 

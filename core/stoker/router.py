@@ -281,10 +281,10 @@ class Router:
             if not request.inputs:
                 num_prompt = len(request.prompt_token_ids)
                 check_length(routed, request.sampling, num_prompt, call.prompt_field)
-            if call.grammar is not None:
-                request.grammar = await routed.grammars.get(call.grammar)
-                for unsupported in request.grammar.warnings:
-                    add_warning(request.response_headers, unsupported)
+            if conversation is not None:
+                request.grammar, unsupported = await conversation.compile(routed.grammars)
+                for what in unsupported:
+                    add_warning(request.response_headers, what)
             stream = self._submit(routed, request)
         except BaseException:
             await self._tell(self.middleware, request, ())

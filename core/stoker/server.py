@@ -55,6 +55,7 @@ from stoker.services import Services
 from stoker.stores import build_store
 from stoker.structured import GrammarService
 from stoker.tenants import Tenants
+from stoker.thoughts import ThoughtTokens
 from stoker.warm_up import WarmUp, read_warm_up
 
 if TYPE_CHECKING:
@@ -287,6 +288,7 @@ class Server(ServerContext):
             eos_token=runtime.info.eos_token,
         )
         client = EngineClient(engine, loop, store, embedder)
+        marks = find_marks(model.reasoning, runtime.info.chat_template, runtime.tokenizer)
         return RoutedModel(
             served,
             client,
@@ -294,7 +296,10 @@ class Server(ServerContext):
             heartbeat_s=lambda: loop.heartbeat_s,
             grammars=GrammarService(self._grammar_compiler(runtime)),
             tool_format=self._tool_format(model, runtime),
-            reasoning=find_marks(model.reasoning, runtime.info.chat_template, runtime.tokenizer),
+            reasoning=marks,
+            thoughts=None
+            if marks is None
+            else ThoughtTokens(marks, runtime.tokenizer, runtime.info),
         )
 
     def _tool_format(self, model: ModelConfig, runtime: Runtime) -> ToolFormat | None:

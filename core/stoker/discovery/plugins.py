@@ -223,11 +223,11 @@ class Plugins:
             if chosen is not None:
                 self.options(chosen, config)
         for index, model in enumerate(config.models):
+            self.tool_formats(config, model)
             if model.backend != "auto":
                 where = f"models[{index}].backend"
                 backend = self._configured(where, "backend", model.backend)
                 self.options(backend, config, model.options)
-            self.tool_formats(config, model)
         for kind in HOOKS:
             for descriptor in self.active(kind, config):
                 self.options(descriptor, config)

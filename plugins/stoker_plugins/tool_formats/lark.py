@@ -47,8 +47,9 @@ def arguments(name: str, schema: Mapping[str, Any]) -> str:
 
     The schema is the root of its own grammar, so that ``$ref`` leads to where it should.
     """
-    shape = closed(schema) if schema else _NO_ARGUMENTS
-    return f"{name}: %json {json.dumps({**shape, 'x-guidance': _LAYOUT}, ensure_ascii=False)}\n"
+    shape: dict[str, Any] = closed(schema) if schema else _NO_ARGUMENTS
+    shape = {**shape, "x-guidance": {**shape.get("x-guidance", {}), **_LAYOUT}}
+    return f"{name}: %json {json.dumps(shape, ensure_ascii=False)}\n"
 
 
 def json_calls(tools: Sequence[Tool], key: str = "arguments") -> str:
