@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
 
+import msgspec
+
 from stoker import HttpAnswer, RequestTooLargeError, ServerContext, StokerError, UnavailableError
-from stoker_plugins.batches.active import ActiveBatch, finish, write
+from stoker_plugins.batches.active import ActiveBatch, finish, move_to, write
 from stoker_plugins.batches.archive import Archive, Store, now
 from stoker_plugins.batches.database import BatchRecord
 from stoker_plugins.batches.idle import LOWEST_PRIORITY, IdleCapacity
@@ -89,7 +91,7 @@ class BatchRunner:
         if active is None or active.outcome is not None:
             return
         if active.batch.status in {"validating", "in_progress"}:
-            active.move_to("cancelling")
+            move_to(active.batch, "cancelling")
             active.end_early("cancelled")
             await self._archive.run(_save, active.record)
 
@@ -210,7 +212,7 @@ class BatchRunner:
             if record.num_stalls > _MAX_STALLS and active.outcome is None:
                 active.fail([_stalled()])
         elif active.outcome is None:
-            active.move_to("in_progress")
+            move_to(active.batch, "in_progress")
         await self._archive.run(_save, record)
 
     def _limits(self, batch: Batch) -> InputLimits:
@@ -245,18 +247,21 @@ class BatchRunner:
         outcome = active.outcome or "completed"
         await self._write(active)
         if outcome == "completed":
-            active.move_to("finalizing")
+            move_to(active.batch, "finalizing")
             await self._archive.run(_save, active.record)
         elif active.batch.request_counts.total:
             try:
                 await self._archive.run(_refuse_rest, active, *_ENDINGS[outcome])
             except (OSError, StokerError) as error:
                 logger.warning("the errors of %s could not be written: %s", active.batch.id, error)
-        active.move_to(outcome)
-        batch = self.current(active.batch)
+        self.current(active.batch)
+        # A copy: nobody may be told that it is over before its files are there.
+        record = msgspec.json.decode(msgspec.json.encode(active.record), type=BatchRecord)
+        move_to(record.batch, outcome)
         if active.progress.done:
-            batch.usage = active.progress.usage
-        await self._archive.run(finish, active, self._options.ttl_s)
+            record.batch.usage = active.progress.usage
+        await self._archive.run(finish, record, self._options.ttl_s)
+        active.record = record
 
     # ------------------------------------------------------------------ requests
 
