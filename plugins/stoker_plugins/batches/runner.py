@@ -33,6 +33,7 @@ _TICK_S = 0.05  # how often to look for idle capacity while there is work
 _SWEEP_S = 60.0  # how often to look for what has expired
 _RETRY_OPEN_S = 5.0  # how often to try a directory that another server uses
 _MAX_ATTEMPTS = 3
+_RETRY_S = 0.5  # after a failure; twice as long after each further one
 _MAX_STALLS = (
     5  # times that a batch is taken up without getting anywhere: it may be what kills the server
 )
@@ -112,6 +113,8 @@ class BatchRunner:
             await asyncio.gather(main, *running, *self._lives, return_exceptions=True)
             for active in self._active.values():
                 await self._write(active)
+                active.record.num_stalls = 0  # this end was nobody's fault
+                await self._archive.run(_save, active.record)
             await self._archive.close()
 
     async def _main(self) -> None:
@@ -334,7 +337,7 @@ class BatchRunner:
         elif _is_worth_retrying(answer) and active.attempts.get(line, 0) + 1 < _MAX_ATTEMPTS:
             active.attempts[line] = active.attempts.get(line, 0) + 1
             active.pending.append(line)
-            active.not_before_s = time.monotonic() + 2.0 ** active.attempts[line] / 2
+            active.not_before_s = time.monotonic() + _RETRY_S * 2.0 ** active.attempts[line]
         else:
             active.attempts.pop(line, None)
             active.results.append(_result(line_id, request.custom_id, answer))
