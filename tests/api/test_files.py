@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,3 +296,15 @@ def test_two_servers_do_not_share_a_directory(
     assert "another server uses" in refused.json()["error"]["message"]
     assert httpx.get(f"{first.url}/v1/files/{made.json()['id']}").status_code == 200
     second.check_still_serves()
+
+
+def test_the_served_document_describes_the_routes(files: Running) -> None:
+    headers = {"authorization": "Bearer sk-of-a"}
+    document = httpx.get(f"{files.url}/schema/openapi.json", headers=headers).json()
+    assert set(document["paths"]["/v1/files"]) == {"get", "post"}
+    assert "multipart/form-data" in document["paths"]["/v1/files"]["post"]["requestBody"]["content"]
+    schemas = document["components"]["schemas"]
+    text = json.dumps(document)
+    for name in re.findall(r'"#/components/schemas/([^"]+)"', text):
+        assert name in schemas
+    assert {"Batch", "BatchList", "CreateBatch", "FileObject", "FileList"} <= set(schemas)

@@ -34,6 +34,7 @@ from stoker_plugins.batches import runner as runner_module
 from stoker_plugins.batches.archive import Archive, Store, now
 from stoker_plugins.batches.database import BatchRecord, StoredFile
 from stoker_plugins.batches.idle import LOWEST_PRIORITY, IdleCapacity
+from stoker_plugins.batches.inputs import InputLimits, read_request, scan
 from stoker_plugins.batches.options import BatchesOptions
 from stoker_plugins.batches.results import Progress, append, make_result, recover, refusal
 from stoker_plugins.batches.runner import BatchRunner
@@ -484,6 +485,28 @@ def test_whatever_a_crash_cuts_off_the_whole_lines_before_it_count(
         assert path.stat().st_size == size == sum(map(len, lines[:num_whole]))
         append(path, lines[num_whole:])
         assert path.read_bytes() == whole
+
+
+def test_all_requests_of_a_file_are_for_one_model(tmp_path: Path) -> None:
+    def line(custom_id: str, **body: Any) -> str:
+        what = {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+        return json.dumps(what) + "\n"
+
+    path = tmp_path / "in.jsonl"
+    path.write_text(line("1", model="b") + line("2") + line("3", model="b") + line("4", model="a"))
+    limits = InputLimits("/v1/completions", ("a", "b"), 10, 1000)
+    found = scan(path, limits, lambda: False)
+    assert found.model == "b"
+    assert [(error.line, error.code) for error in found.errors] == [
+        (2, "mismatched_model"),
+        (4, "mismatched_model"),
+    ]
+    path.write_text(line("1") + line("2", model="a") + "\n" + line("3").strip())
+    found = scan(path, limits, lambda: False)
+    assert (found.model, found.errors, found.custom_ids) == ("a", [], ["1", "2", "3"])
+    with path.open("rb") as file:
+        assert [read_request(file, place).custom_id for place in found.lines] == ["1", "2", "3"]
+    assert scan(path, limits, lambda: True).lines == []
 
 
 def test_a_missing_file_has_no_results(tmp_path: Path) -> None:

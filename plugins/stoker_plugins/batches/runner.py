@@ -65,6 +65,7 @@ class BatchRunner:
         self._active: dict[str, ActiveBatch] = {}
         self._new: list[BatchRecord] = []
         self._turns: deque[ActiveBatch] = deque()  # those with requests to start, in turn
+        self._running: dict[asyncio.Task[None], str] = {}  # with their models, as they were started
         self._lives: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._is_stopping = False
@@ -106,11 +107,10 @@ class BatchRunner:
             yield
         finally:
             self._is_stopping = True
-            main.cancel()
-            running = [task for active in self._active.values() for task in active.running]
-            for task in (*running, *self._lives):
+            tasks = [main, *self._running, *self._lives]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(main, *running, *self._lives, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             for active in self._active.values():
                 await self._write(active)
                 active.record.num_stalls = 0  # this end was nobody's fault
@@ -268,24 +268,17 @@ class BatchRunner:
 
     # ------------------------------------------------------------------ requests
 
-    @property
-    def _num_running(self) -> int:
-        return sum(len(active.running) for active in self._active.values())
-
     def _give_way(self) -> None:
         """Abort requests, the latest first, for others that wait for a lane."""
-        of_model: dict[str, list[asyncio.Task[None]]] = {}
-        for active in self._active.values():
-            if active.running and active.batch.model is not None:
-                of_model.setdefault(active.batch.model, []).extend(active.running)
-        for model, tasks in of_model.items():
-            number = self._idle.num_to_yield(model)
-            for task in tasks[len(tasks) - min(number, len(tasks)) :]:
+        left = {model: self._idle.num_to_yield(model) for model in set(self._running.values())}
+        for task, model in reversed(self._running.items()):
+            if left[model] > 0:
+                left[model] -= 1
                 task.cancel()
 
     def _start_requests(self) -> None:
         """Start what idle capacity there is for, from each batch in turn."""
-        room = self._options.concurrency - self._num_running
+        room = self._options.concurrency - len(self._running)
         models = {active.batch.model or "" for active in self._turns} if room > 0 else set()
         free = {model: self._idle.num_startable(model) for model in models}
         num_idle = 0
@@ -305,10 +298,12 @@ class BatchRunner:
         line = active.pending.popleft()
         task = asyncio.create_task(self._run(active, line))
         active.running[task] = line
+        self._running[task] = active.batch.model or ""
         task.add_done_callback(partial(self._ran, active))
 
     def _ran(self, active: ActiveBatch, task: asyncio.Task[None]) -> None:
         line = active.running.pop(task)
+        del self._running[task]
         if task.cancelled():  # it gave way, or it never began
             active.pending.appendleft(line)
         elif (error := task.exception()) is not None:
