@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ def test_nothing_is_made_on_disk_before_it_is_needed(
         assert httpx.get(f"{server.url}/v1/{path}").status_code == 404
     assert httpx.delete(f"{server.url}/v1/files/file-1").status_code == 404
     body = {"input_file_id": "f", "endpoint": "/v1/completions", "completion_window": "24h"}
-    assert error_of(httpx.post(f"{server.url}/v1/batches", json=body))[0] == 400
+    assert error_of(httpx.post(f"{server.url}/v1/batches", json=body))[0] == 404
     assert not folder.exists()
 
 
@@ -127,12 +128,12 @@ def test_pages(client: openai.OpenAI, http: httpx.Client) -> None:
         ({"limit": "0"}, "limit"),
         ({"limit": "x"}, "limit"),
         ({"limit": "99999999999999999999"}, "limit"),
-        ({"after": "file-none"}, "after"),
         ({"order": "up"}, "order"),
         ({"purpose": "vision"}, "purpose"),
     ):
         response = http.get("/v1/files", params=query)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert error_of(http.get("/v1/files?after=x")) == (404, "file_not_found", "after")
     assert http.get("/v1/files?colour=1").headers["x-stoker-warning"] == "ignored: colour"
 
 
@@ -256,7 +257,7 @@ def test_nobody_sees_what_another_tenant_has(files: Running, http: httpx.Client)
     for headers in ({"authorization": "Bearer sk-of-b"},):
         other = httpx.Client(base_url=files.url, headers=headers)
         assert other.get("/v1/files").json()["data"] == []
-        assert other.get("/v1/files", params={"after": made}).status_code == 400
+        assert other.get("/v1/files", params={"after": made}).status_code == 404
         assert other.get(f"/v1/files/{made}").status_code == 404
         assert other.get(f"/v1/files/{made}/content").status_code == 404
         assert other.delete(f"/v1/files/{made}").status_code == 404
@@ -266,7 +267,7 @@ def test_nobody_sees_what_another_tenant_has(files: Running, http: httpx.Client)
             "completion_window": "24h",
         }
         refused = other.post("/v1/batches", json=body)
-        assert error_of(refused) == (400, "file_not_found", "input_file_id")
+        assert error_of(refused) == (404, "file_not_found", "input_file_id")
         other.close()
     assert http.get(f"/v1/files/{made}").status_code == 200
 
@@ -295,3 +296,15 @@ def test_two_servers_do_not_share_a_directory(
     assert "another server uses" in refused.json()["error"]["message"]
     assert httpx.get(f"{first.url}/v1/files/{made.json()['id']}").status_code == 200
     second.check_still_serves()
+
+
+def test_the_served_document_describes_the_routes(files: Running) -> None:
+    headers = {"authorization": "Bearer sk-of-a"}
+    document = httpx.get(f"{files.url}/schema/openapi.json", headers=headers).json()
+    assert set(document["paths"]["/v1/files"]) == {"get", "post"}
+    assert "multipart/form-data" in document["paths"]["/v1/files"]["post"]["requestBody"]["content"]
+    schemas = document["components"]["schemas"]
+    text = json.dumps(document)
+    for name in re.findall(r'"#/components/schemas/([^"]+)"', text):
+        assert name in schemas
+    assert {"Batch", "BatchList", "CreateBatch", "FileObject", "FileList"} <= set(schemas)

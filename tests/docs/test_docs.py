@@ -13,6 +13,7 @@ import pytest
 import stoker
 from stoker import config, hookspecs
 from stoker.testing import EngineHarness, ScriptedRuntime
+from stoker_plugins.batches.options import BatchesOptions
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -101,3 +102,10 @@ def test_every_setting_stands_in_the_reference_with_its_default(name: str) -> No
             default = field.default_factory()
         shown = "" if default is None else f"`{msgspec.json.encode(default).decode()}`"
         assert f"| `{field.name}` | {shown} |" in table
+
+
+def test_the_options_of_batches_stand_on_their_page_with_their_defaults() -> None:
+    page = (DOCS / "batches.md").read_text()
+    for field in msgspec.structs.fields(BatchesOptions):
+        shown = "" if field.default is None else f"`{msgspec.json.encode(field.default).decode()}`"
+        assert f"| `{field.name}` | {shown} |" in page

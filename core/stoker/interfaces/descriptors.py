@@ -121,7 +121,8 @@ class ModelSourceInfo(Descriptor, frozen=True, kw_only=True):
 class RouteInfo(Descriptor, frozen=True, kw_only=True):
     """Registers HTTP routes; called ``factory(context)`` or ``factory(context, options)``.
 
-    The factory returns Litestar route handlers.
+    The factory returns Litestar route handlers. Structs that a handler names in ``opt["schemas"]`` become
+    components of the OpenAPI document, under their names.
     """
 
     factory: Callable[..., Sequence[Any]]

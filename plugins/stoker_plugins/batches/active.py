@@ -15,7 +15,7 @@ from stoker_plugins.batches.inputs import InputLine
 from stoker_plugins.batches.results import Progress, Result, append
 from stoker_plugins.batches.schemas import Batch, BatchError, BatchErrors, BatchStatus, FileObject
 
-__all__ = ["ActiveBatch", "Outcome", "finish", "write"]
+__all__ = ["ActiveBatch", "Outcome", "finish", "move_to", "write"]
 
 Outcome = Literal["completed", "cancelled", "expired", "failed"]
 
@@ -28,6 +28,14 @@ _TIMES: dict[str, str] = {
     "cancelling": "cancelling_at",
     "cancelled": "cancelled_at",
 }
+
+
+def move_to(batch: Batch, status: BatchStatus) -> None:
+    """Take on a status, at this time; a status that it has had already keeps its time."""
+    batch.status = status
+    name = _TIMES[status]
+    if getattr(batch, name) is None:
+        setattr(batch, name, now())
 
 
 class ActiveBatch:
@@ -72,13 +80,6 @@ class ActiveBatch:
         """Whether every request has its result on disk."""
         return not (self.pending or self.running or self.results or self.num_writing)
 
-    def move_to(self, status: BatchStatus) -> None:
-        """Take on a status, at this time; a status that it has already keeps its time."""
-        self.batch.status = status
-        name = _TIMES[status]
-        if getattr(self.batch, name) is None:
-            setattr(self.batch, name, now())
-
     def end_early(self, outcome: Outcome) -> None:
         """Start nothing more, and abort what runs."""
         if self.outcome is None:
@@ -110,9 +111,15 @@ def write(store: Store, active: ActiveBatch, results: list[Result]) -> None:
         active.progress.add(result)
 
 
-def finish(store: Store, active: ActiveBatch, ttl_s: int) -> None:
-    """Show the files that the batch wrote, and that it is over."""
-    record, batch = active.record, active.batch
+def finish(store: Store, record: BatchRecord, ttl_s: int) -> None:
+    """Show the files that a batch wrote, and that it is over.
+
+    Args:
+        store: Where it all is.
+        record: The batch as it ends; takes in the files' ids.
+        ttl_s: How long it is remembered.
+    """
+    batch = record.batch
     files: list[StoredFile] = []
     created = now()
     for file_id, name in ((record.output_id, "output"), (record.error_id, "error")):

@@ -31,10 +31,17 @@ def now() -> int:
     return int(time.time())  # noqa: TID251 - timestamps that outlive the process
 
 
-def no_such_file(file_id: str) -> RequestNotFoundError:
-    """The error for a file that is not there, or not the tenant's."""
+def no_such_file(file_id: str, param: str | None = None) -> RequestNotFoundError:
+    """The error for a file that is not there, or not the tenant's.
+
+    Args:
+        file_id: How it was called.
+        param: The parameter that called it so, unless the path did.
+    """
     return RequestNotFoundError(
-        f"there is no file {file_id[:100]!r}; GET /v1/files lists yours", code="file_not_found"
+        f"there is no file {file_id[:100]!r}; GET /v1/files lists yours",
+        param=param,
+        code="file_not_found",
     )
 
 

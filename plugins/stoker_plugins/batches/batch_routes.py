@@ -63,7 +63,7 @@ def batch_routes(
         headers = ignore(context, [*unknown, *unknown_query(request, ())])
         await endpoints.check(wanted.endpoint)
         if not archive.is_used():
-            raise _no_input(wanted.input_file_id)
+            raise no_such_file(wanted.input_file_id, "input_file_id")
         created = now()
         batch = Batch(
             id=f"batch_{uuid.uuid4().hex}",
@@ -162,7 +162,7 @@ class _Endpoints:
         """Refuse an endpoint that this server does not have."""
         if endpoint not in self._served:
             answer = await self._context.ask("OPTIONS", endpoint, tenant=current_tenant())
-            self._served[endpoint] = "POST" in answer.headers.get("allow", "")
+            self._served[endpoint] = answer.status_code != 404
         if not self._served[endpoint]:
             raise InvalidRequestError(
                 f"the endpoint {endpoint!r} is not served here",
@@ -176,7 +176,7 @@ def _add(store: Store, record: BatchRecord, most: int) -> None:
     file_id = record.batch.input_file_id
     file = store.database.find_file(record.tenant, file_id, now())
     if file is None:
-        raise _no_input(file_id)
+        raise no_such_file(file_id, "input_file_id")
     if file.purpose != "batch":
         raise InvalidRequestError(
             f"the file {file_id!r} was not uploaded with the purpose 'batch'",
@@ -198,9 +198,7 @@ def _page(store: Store, tenant: str, number: int, after: str | None) -> list[Bat
     if after is not None:
         place = store.database.place_of_batch(tenant, after)
         if place is None:
-            raise InvalidRequestError(
-                f"'after' names no batch of yours: {after[:100]!r}", param="after"
-            )
+            raise _no_such_batch(after, "after")
     return store.database.list_batches(tenant, limit=number, after=place)
 
 
@@ -209,17 +207,17 @@ async def _find(archive: Archive, batch_id: str) -> Batch:
     if archive.is_used():
         found = await archive.run(_lookup, current_tenant(), batch_id)
     if found is None:
-        raise RequestNotFoundError(
-            f"there is no batch {batch_id[:100]!r}; GET /v1/batches lists yours",
-            code="batch_not_found",
-        )
+        raise _no_such_batch(batch_id)
     return found
+
+
+def _no_such_batch(batch_id: str, param: str | None = None) -> RequestNotFoundError:
+    return RequestNotFoundError(
+        f"there is no batch {batch_id[:100]!r}; GET /v1/batches lists yours",
+        param=param,
+        code="batch_not_found",
+    )
 
 
 def _lookup(store: Store, tenant: str, batch_id: str) -> Batch | None:
     return store.database.find_batch(tenant, batch_id)
-
-
-def _no_input(file_id: str) -> InvalidRequestError:
-    error = no_such_file(file_id)
-    return InvalidRequestError(error.message, param="input_file_id", code="file_not_found")

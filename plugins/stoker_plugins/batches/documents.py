@@ -66,9 +66,10 @@ UPLOAD = RequestBody(
                         description="JSON objects, one a line.",
                     ),
                     "purpose": Schema(type=OpenAPIType.STRING, enum=["batch"]),
-                    "expires_after[anchor]": Schema(type=OpenAPIType.STRING, enum=["created_at"]),
-                    "expires_after[seconds]": Schema(
-                        type=OpenAPIType.INTEGER, minimum=3600, maximum=2_592_000
+                    "expires_after": Reference(
+                        ref="#/components/schemas/FileExpiration",
+                        description="As JSON; or in two fields, expires_after[anchor] and "
+                        "expires_after[seconds].",
                     ),
                 },
             )

@@ -14,7 +14,7 @@ from litestar.response.base import ASGIResponse
 from litestar.response.streaming import ASGIStreamingResponse
 from litestar.types import ASGIApp
 
-from stoker import InvalidRequestError, ServerContext
+from stoker import ServerContext
 from stoker_plugins.batches.archive import Archive, Store, no_such_file, now
 from stoker_plugins.batches.database import StoredFile
 from stoker_plugins.batches.documents import (
@@ -36,7 +36,7 @@ from stoker_plugins.batches.forms import (
     unknown_query,
 )
 from stoker_plugins.batches.options import BatchesOptions
-from stoker_plugins.batches.schemas import DeletedFile, FileList, FileObject
+from stoker_plugins.batches.schemas import DeletedFile, FileExpiration, FileList, FileObject
 from stoker_plugins.batches.upload import receive_upload
 
 __all__ = ["file_routes"]
@@ -44,7 +44,7 @@ __all__ = ["file_routes"]
 _MAX_LISTED = 10_000
 _CHUNK = 256 * 1024
 _LIST_QUERY = {"limit", "after", "order", "purpose"}
-_SCHEMAS = {"schemas": (FileObject, FileList, DeletedFile)}
+_SCHEMAS = {"schemas": (FileObject, FileList, DeletedFile, FileExpiration)}
 
 
 def file_routes(
@@ -179,9 +179,7 @@ def _page(
     if after is not None:
         place = store.database.place_of_file(tenant, after)
         if place is None:
-            raise InvalidRequestError(
-                f"'after' names no file of yours: {after[:100]!r}", param="after"
-            )
+            raise no_such_file(after, "after")
     found = store.database.list_files(
         tenant, now(), limit=number + 1, after=place, purpose=purpose, newest_first=newest_first
     )

@@ -29,7 +29,7 @@ __all__ = [
 AnyRequest = Request[Any, Any, Any]
 S = TypeVar("S", bound=msgspec.Struct)
 
-_AT = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?", re.DOTALL)
+_AT = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
 
 

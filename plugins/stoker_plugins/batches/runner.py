@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
 
+import msgspec
+
 from stoker import HttpAnswer, RequestTooLargeError, ServerContext, StokerError, UnavailableError
-from stoker_plugins.batches.active import ActiveBatch, finish, write
+from stoker_plugins.batches.active import ActiveBatch, finish, move_to, write
 from stoker_plugins.batches.archive import Archive, Store, now
 from stoker_plugins.batches.database import BatchRecord
 from stoker_plugins.batches.idle import LOWEST_PRIORITY, IdleCapacity
@@ -31,6 +33,7 @@ _TICK_S = 0.05  # how often to look for idle capacity while there is work
 _SWEEP_S = 60.0  # how often to look for what has expired
 _RETRY_OPEN_S = 5.0  # how often to try a directory that another server uses
 _MAX_ATTEMPTS = 3
+_RETRY_S = 0.5  # after a failure; twice as long after each further one
 _MAX_STALLS = (
     5  # times that a batch is taken up without getting anywhere: it may be what kills the server
 )
@@ -62,6 +65,7 @@ class BatchRunner:
         self._active: dict[str, ActiveBatch] = {}
         self._new: list[BatchRecord] = []
         self._turns: deque[ActiveBatch] = deque()  # those with requests to start, in turn
+        self._running: dict[asyncio.Task[None], str] = {}  # with their models, as they were started
         self._lives: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._is_stopping = False
@@ -89,7 +93,7 @@ class BatchRunner:
         if active is None or active.outcome is not None:
             return
         if active.batch.status in {"validating", "in_progress"}:
-            active.move_to("cancelling")
+            move_to(active.batch, "cancelling")
             active.end_early("cancelled")
             await self._archive.run(_save, active.record)
 
@@ -103,13 +107,14 @@ class BatchRunner:
             yield
         finally:
             self._is_stopping = True
-            main.cancel()
-            running = [task for active in self._active.values() for task in active.running]
-            for task in (*running, *self._lives):
+            tasks = [main, *self._running, *self._lives]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(main, *running, *self._lives, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             for active in self._active.values():
                 await self._write(active)
+                active.record.num_stalls = 0  # this end was nobody's fault
+                await self._archive.run(_save, active.record)
             await self._archive.close()
 
     async def _main(self) -> None:
@@ -210,7 +215,7 @@ class BatchRunner:
             if record.num_stalls > _MAX_STALLS and active.outcome is None:
                 active.fail([_stalled()])
         elif active.outcome is None:
-            active.move_to("in_progress")
+            move_to(active.batch, "in_progress")
         await self._archive.run(_save, record)
 
     def _limits(self, batch: Batch) -> InputLimits:
@@ -245,39 +250,35 @@ class BatchRunner:
         outcome = active.outcome or "completed"
         await self._write(active)
         if outcome == "completed":
-            active.move_to("finalizing")
+            move_to(active.batch, "finalizing")
             await self._archive.run(_save, active.record)
         elif active.batch.request_counts.total:
             try:
                 await self._archive.run(_refuse_rest, active, *_ENDINGS[outcome])
             except (OSError, StokerError) as error:
                 logger.warning("the errors of %s could not be written: %s", active.batch.id, error)
-        active.move_to(outcome)
-        batch = self.current(active.batch)
+        self.current(active.batch)
+        # A copy: nobody may be told that it is over before its files are there.
+        record = msgspec.json.decode(msgspec.json.encode(active.record), type=BatchRecord)
+        move_to(record.batch, outcome)
         if active.progress.done:
-            batch.usage = active.progress.usage
-        await self._archive.run(finish, active, self._options.ttl_s)
+            record.batch.usage = active.progress.usage
+        await self._archive.run(finish, record, self._options.ttl_s)
+        active.record = record
 
     # ------------------------------------------------------------------ requests
 
-    @property
-    def _num_running(self) -> int:
-        return sum(len(active.running) for active in self._active.values())
-
     def _give_way(self) -> None:
         """Abort requests, the latest first, for others that wait for a lane."""
-        of_model: dict[str, list[asyncio.Task[None]]] = {}
-        for active in self._active.values():
-            if active.running and active.batch.model is not None:
-                of_model.setdefault(active.batch.model, []).extend(active.running)
-        for model, tasks in of_model.items():
-            number = self._idle.num_to_yield(model)
-            for task in tasks[len(tasks) - min(number, len(tasks)) :]:
+        left = {model: self._idle.num_to_yield(model) for model in set(self._running.values())}
+        for task, model in reversed(self._running.items()):
+            if left[model] > 0:
+                left[model] -= 1
                 task.cancel()
 
     def _start_requests(self) -> None:
         """Start what idle capacity there is for, from each batch in turn."""
-        room = self._options.concurrency - self._num_running
+        room = self._options.concurrency - len(self._running)
         models = {active.batch.model or "" for active in self._turns} if room > 0 else set()
         free = {model: self._idle.num_startable(model) for model in models}
         num_idle = 0
@@ -297,10 +298,12 @@ class BatchRunner:
         line = active.pending.popleft()
         task = asyncio.create_task(self._run(active, line))
         active.running[task] = line
+        self._running[task] = active.batch.model or ""
         task.add_done_callback(partial(self._ran, active))
 
     def _ran(self, active: ActiveBatch, task: asyncio.Task[None]) -> None:
         line = active.running.pop(task)
+        del self._running[task]
         if task.cancelled():  # it gave way, or it never began
             active.pending.appendleft(line)
         elif (error := task.exception()) is not None:
@@ -329,7 +332,7 @@ class BatchRunner:
         elif _is_worth_retrying(answer) and active.attempts.get(line, 0) + 1 < _MAX_ATTEMPTS:
             active.attempts[line] = active.attempts.get(line, 0) + 1
             active.pending.append(line)
-            active.not_before_s = time.monotonic() + 2.0 ** active.attempts[line] / 2
+            active.not_before_s = time.monotonic() + _RETRY_S * 2.0 ** active.attempts[line]
         else:
             active.attempts.pop(line, None)
             active.results.append(_result(line_id, request.custom_id, answer))
