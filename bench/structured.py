@@ -2,8 +2,9 @@
 
     python bench/structured.py [--sequences 16] [--tokens 96] [--rounds 3] [--temperature 1.0]
 
-Drives the engine by hand over the default model, the same prompts and as many tokens in both arms. The schema's
-output cannot end before ``max_tokens``: an endless array of records. What is compared is time per token.
+Drives the engine by hand over the default model, the same prompts and as many tokens in both arms. The
+schema's output cannot end before ``max_tokens``: an endless array of records. What is compared
+is time per token.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def main() -> None:
     compiler = LlguidanceCompiler(runtime.tokenizer, runtime.info)
     started_s = time.perf_counter()
     compiler.prepare()
-    print(f"vocabulary of {runtime.info.vocab_size} tokens: {time.perf_counter() - started_s:.3f} s")
+    print(
+        f"vocabulary of {runtime.info.vocab_size} tokens: {time.perf_counter() - started_s:.3f} s"
+    )
     started_s = time.perf_counter()
     grammar = compiler.compile(GrammarSpec(kind="json_schema", text=json.dumps(SCHEMA)))
     print(f"schema: {(time.perf_counter() - started_s) * 1e3:.1f} ms")

@@ -48,7 +48,7 @@ def key(served: ServedModel = SERVED, *, per_tenant: bool = True, **fields: Any)
 # --------------------------------------------------------------------------- keys
 
 HASHED = {
-    *("model", "prompt_token_ids", "sampling", "n", "endpoint", "grammar"),
+    *("model", "prompt_token_ids", "sampling", "n", "endpoint", "inputs", "shown_tokens"),
     "cache_salt",  # keeps apart what its sender wants kept apart
     "grammar",  # cannot be compared: such a request has no key
 }

@@ -242,6 +242,8 @@ def read_tool_choice(
         mode = choice
     else:
         mode, names = _chosen(choice)
+        if choice.type == "function":
+            parallel = False  # that one, once
     if mode not in _MODES:
         raise _invalid(
             f"'tool_choice' is {mode[:50]!r}; use {', '.join(_MODES)}, or name a function",
