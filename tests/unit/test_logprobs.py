@@ -243,6 +243,8 @@ def test_entries_come_with_their_text(
     data: st.DataObject, text: str, stop: list[str], include_stop: bool, min_tokens: int
 ) -> None:
     pieces = data.draw(cut(text.encode()))
+    for at in sorted(data.draw(st.sets(st.integers(0, len(pieces)), max_size=4)), reverse=True):
+        pieces.insert(at, b"")  # a control token
     detokenizer = Detokenizer(
         TokenText(lambda token: pieces[token]),
         tuple(stop),
