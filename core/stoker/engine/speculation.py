@@ -367,7 +367,12 @@ class Speculator:
     def _count(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
         sequence.facts.draft_tokens += num_drafted
         sequence.facts.accepted_tokens += num_accepted
-        if self._drafter is not None and sequence.sequence_id in self._drafter.predicted:
+        is_predicted = (
+            self._drafter is not None
+            and sequence.sequence_id in self._drafter.predicted
+            and sequence.sequence_id not in self._forced
+        )
+        if is_predicted:
             sequence.facts.accepted_prediction += num_accepted
             sequence.facts.rejected_prediction += num_drafted - num_accepted
         step = self.step
