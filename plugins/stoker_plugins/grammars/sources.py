@@ -83,8 +83,11 @@ def _check_size(spec: GrammarSpec, options: LlguidanceOptions) -> None:
 
 
 def _from_schema(schema: Any, spec: GrammarSpec, options: LlguidanceOptions) -> str:
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
+    if schema is True:
+        schema = {}
+    if schema is False:
+        reason = "nothing can satisfy the schema false"
+        raise InvalidRequestError(f"{spec.param} cannot be used: {reason}", param=spec.param)
     if not isinstance(schema, dict):
         raise InvalidRequestError(
             f"{spec.param} is not a JSON schema: it must be an object", param=spec.param
