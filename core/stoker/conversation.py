@@ -333,7 +333,11 @@ def _rule(spec: GrammarSpec) -> str:
     if spec.kind == "json_object":
         return '%json {"type": "object"}'
     if spec.kind == "json_schema":
-        return f"%json {spec.text}"
+        if spec.strict:
+            return f"%json {spec.text}"
+        schema = json.loads(spec.text)
+        loose = {**schema, _GUIDANCE: {"lenient": True}} if isinstance(schema, dict) else schema
+        return f"%json {json.dumps(loose)}"
     if spec.kind == "choice":
         return " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(spec.text))
     raise InvalidRequestError(

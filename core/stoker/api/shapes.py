@@ -49,10 +49,8 @@ def schema_spec(
             raise _invalid(f"{param!r} is not the text of a JSON schema", param) from None
     if not isinstance(schema, Mapping | bool):
         raise _invalid(f"{param!r} is no JSON schema: it has to be an object", param)
-    if not strict and isinstance(schema, Mapping):
-        schema = {**schema, "x-guidance": {"lenient": True}}
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-    return GrammarSpec(kind="json_schema", text=text, param=param)
+    return GrammarSpec(kind="json_schema", text=text, param=param, strict=bool(strict))
 
 
 def _format(body: GenerationRequest) -> GrammarSpec | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from stoker import Grammar, GrammarCompiler, InvalidRequestError, Matcher
 from stoker_plugins.grammars.options import LlguidanceOptions
+from stoker_plugins.grammars.reasons import in_words
 from stoker_plugins.grammars.sources import source_of
 from stoker_plugins.grammars.vocabulary import build_tokenizer
 
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from stoker import GrammarSpec, RuntimeInfo, Tokenizer
 
 __all__ = ["LlguidanceCompiler"]
-
-_MAX_REASON = 600  # characters of llguidance's messages that are passed on
-_NOT_FOR_USERS = re.compile(r"\n<(?:state|non-verbose/?)>")
-_IN_WORDS = {
-    "NoExtension": "there is no text that it allows",
-    "NoExtensionBias": "there is no text that it allows",
-    "ParserTooComplex": "it is too ambiguous: too much of it could come next at once",
-    "LexerTooComplex": "its expressions are too complex",
-}
 
 
 class LlguidanceCompiler(GrammarCompiler):
@@ -174,6 +165,5 @@ def _check(matcher: LLMatcher, spec: GrammarSpec) -> None:
     """Raise what is wrong with a matcher, if anything is."""
     if not matcher.is_error():
         return
-    reason = _NOT_FOR_USERS.split(matcher.get_error())[0].strip()[:_MAX_REASON]
-    reason = _IN_WORDS.get(reason, reason)
+    reason = in_words(matcher.get_error())
     raise InvalidRequestError(f"{spec.param} cannot be used: {reason}", param=spec.param)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from stoker import InvalidRequestError
@@ -38,7 +38,8 @@ def source_of(spec: GrammarSpec, options: LlguidanceOptions) -> str:
             return _from_schema(_decoded(spec), spec, options)
         case "regex":
             _refuse(check_expression(spec.text), spec)
-            return LLMatcher.grammar_from_regex(spec.text)
+            # \d and \w are ASCII, as in the patterns of JSON schemas; in Rust they are not.
+            return LLMatcher.grammar_from_regex(regex_to_lark(spec.text, "dw"))
         case "choice":
             return LLMatcher.grammar_from_lark(_from_choices(spec))
         case "gbnf":
@@ -82,8 +83,11 @@ def _check_size(spec: GrammarSpec, options: LlguidanceOptions) -> None:
 
 
 def _from_schema(schema: Any, spec: GrammarSpec, options: LlguidanceOptions) -> str:
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
+    if schema is True:
+        schema = {}
+    if schema is False:
+        reason = "nothing can satisfy the schema false"
+        raise InvalidRequestError(f"{spec.param} cannot be used: {reason}", param=spec.param)
     if not isinstance(schema, dict):
         raise InvalidRequestError(
             f"{spec.param} is not a JSON schema: it must be an object", param=spec.param
