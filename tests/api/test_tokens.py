@@ -92,6 +92,7 @@ def test_prompts_of_messages(client: httpx.Client) -> None:
         ),
         ("/tokenize", {"messages": MESSAGES, "add_special": True}, "add_special"),
         ("/tokenize", {"messages": MESSAGES, "parse_special": True}, "parse_special"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ("/tokenize", {"messages": [{"role": "god", "content": "a"}]}, "messages.0.role"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [1, 261]}, "tokens.1"),
