@@ -32,7 +32,6 @@ __all__ = [
     "encode_prediction",
     "encode_prompt",
     "make_request",
-    "render_prompt",
 ]
 
 _OFF_THREAD_CHARS = 20_000  # tokenizing more than this would hold up the event loop
@@ -149,14 +148,6 @@ async def encode_prompt(routed: RoutedModel, call: Call) -> list[int]:
     if len(text) < _OFF_THREAD_CHARS:
         return encode(text, add_special=True, parse_special=True)
     return await asyncio.to_thread(encode, text, add_special=True, parse_special=True)
-
-
-async def render_prompt(routed: RoutedModel, call: Call) -> str:
-    """The text that the model's template makes of a call's messages."""
-    messages = call.messages or []
-    if _size(messages) < _OFF_THREAD_CHARS:
-        return routed.template.render(messages)
-    return await asyncio.to_thread(routed.template.render, messages)
 
 
 def _size(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -25,7 +25,7 @@ from stoker.reasoning import ReasoningMarks, ReasoningParser, is_open
 from stoker.structured import GrammarService
 from stoker.thoughts import AfterReasoning, ThoughtTokens
 
-__all__ = ["Conversation", "read_conversation"]
+__all__ = ["Conversation", "read_conversation", "render_conversation"]
 
 _OFF_THREAD_CHARS = 20_000  # what is longer is rendered and tokenized off the event loop
 _ANY_OBJECT: dict[str, Any] = {"type": "object", "additionalProperties": True}
@@ -105,6 +105,17 @@ async def read_conversation(routed: RoutedModel, call: Call) -> Conversation:
     return await asyncio.to_thread(_read, routed, call)
 
 
+async def render_conversation(routed: RoutedModel, call: Call) -> str:
+    """The text of the prompt that a call with messages becomes, for people.
+
+    Raises:
+        InvalidRequestError: The model, or its template, cannot do what is asked for.
+    """
+    if _size(call) < _OFF_THREAD_CHARS:
+        return _render(routed, call)
+    return await asyncio.to_thread(_render, routed, call)
+
+
 def _size(call: Call) -> int:
     """Roughly how many characters have to be rendered."""
     return sum(len(str(message.get("content") or "")) for message in call.messages or ()) + sum(
@@ -113,26 +124,47 @@ def _size(call: Call) -> int:
 
 
 def _read(routed: RoutedModel, call: Call) -> Conversation:
-    # With ``none`` the model is not told of the tools at all: what it does not know it does not call.
-    tools = () if call.tool_choice.mode == "none" else tuple(call.tools)
+    tools = _told_tools(call)
     try:
         return _read_with(routed, call, tools)
     except RecursionError:
-        raise InvalidRequestError(
-            "the messages or tools are nested too deeply", param="tools" if tools else "messages"
-        ) from None
+        raise _too_deep(tools) from None
+
+
+def _render(routed: RoutedModel, call: Call) -> str:
+    tools = _told_tools(call)
+    try:
+        messages, shown_tools = _for_template(routed, call, tools)
+        return routed.template.render(messages, **_settings(call, shown_tools))
+    except RecursionError:
+        raise _too_deep(tools) from None
+
+
+def _told_tools(call: Call) -> Sequence[Tool]:
+    # With ``none`` the model is not told of the tools at all: what it does not know it does not call.
+    return () if call.tool_choice.mode == "none" else tuple(call.tools)
+
+
+def _too_deep(tools: Sequence[Tool]) -> InvalidRequestError:
+    return InvalidRequestError(
+        "the messages or tools are nested too deeply", param="tools" if tools else "messages"
+    )
+
+
+def _settings(call: Call, shown_tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """What the template is told beside the messages."""
+    return {
+        "tools": shown_tools,
+        "options": call.template_options,
+        "add_generation_prompt": call.add_generation_prompt,
+        "continue_final_message": call.continue_final_message,
+    }
 
 
 def _read_with(routed: RoutedModel, call: Call, tools: Sequence[Tool]) -> Conversation:
     form, marks, special = routed.tool_format, routed.reasoning, _special_tokens(routed)
     messages, shown_tools = _for_template(routed, call, tools)
-    prompt = routed.template.prompt(
-        messages,
-        tools=shown_tools,
-        options=call.template_options,
-        add_generation_prompt=call.add_generation_prompt,
-        continue_final_message=call.continue_final_message,
-    )
+    prompt = routed.template.prompt(messages, **_settings(call, shown_tools))
     continued = ""
     if call.continue_final_message and call.messages:
         continued = str(call.messages[-1].get("content") or "")

@@ -88,6 +88,7 @@ async def embedding_request(
         deadline_s=now_s + min(timeouts) if timeouts else None,
         endpoint=call.endpoint,
         headers=call.headers,
+        user=call.user,
         metadata={},
         response_headers={},
     )

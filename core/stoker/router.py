@@ -18,11 +18,9 @@ from stoker.calls import (
     RoutedModel,
     check_length,
     encode_prediction,
-    encode_prompt,
     make_request,
-    render_prompt,
 )
-from stoker.conversation import Conversation, read_conversation
+from stoker.conversation import Conversation, read_conversation, render_conversation
 from stoker.embeddings import EmbedCall, embedding_request
 from stoker.errors import (
     ModelNotFoundError,
@@ -184,11 +182,11 @@ class Router:
 
     async def encode(self, call: Call) -> list[int]:
         """The tokens of the prompt that a call would have."""
-        return await encode_prompt(self._find(call.model), call)
+        return (await read_conversation(self._find(call.model), call)).token_ids
 
     async def render(self, call: Call) -> str:
         """The text of the prompt that a call with messages would have."""
-        return await render_prompt(self._find(call.model), call)
+        return await render_conversation(self._find(call.model), call)
 
     @property
     def uptime_s(self) -> float:

@@ -79,6 +79,29 @@ def test_prompts_of_messages(client: httpx.Client) -> None:
     assert "y" * 50_000 in ask(client, "/apply-template", messages=long)["prompt"]
 
 
+def test_whatever_shapes_a_prompt(client: httpx.Client) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    messages = [*MESSAGES, {"role": "assistant", "content": "he"}]
+    shapes: list[dict[str, Any]] = [
+        {},
+        {"tools": [tool]},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+    ]
+    texts = set()
+    for fields in shapes:
+        text = ask(client, "/apply-template", messages=messages, **fields)["prompt"]
+        tokens = ask(client, "/tokenize", messages=messages, **fields)["tokens"]
+        assert ask(client, "/detokenize", tokens=tokens)["content"] == text
+        answer = ask(client, "/v1/chat/completions", messages=messages, max_tokens=1, **fields)
+        assert answer["usage"]["prompt_tokens"] == len(tokens)
+        texts.add(text)
+    assert len(texts) == len(shapes)
+    assert any("weather" in text for text in texts)
+    assert any(text.endswith("he") for text in texts)
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
@@ -92,6 +115,7 @@ def test_prompts_of_messages(client: httpx.Client) -> None:
         ),
         ("/tokenize", {"messages": MESSAGES, "add_special": True}, "add_special"),
         ("/tokenize", {"messages": MESSAGES, "parse_special": True}, "parse_special"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ("/tokenize", {"messages": [{"role": "god", "content": "a"}]}, "messages.0.role"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [1, 261]}, "tokens.1"),

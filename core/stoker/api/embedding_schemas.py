@@ -42,7 +42,7 @@ class EmbeddingRequest(_Embedding, kw_only=True):
         input: Text, token ids, or a list of up to 2048 of either: one vector for each.
         encoding_format: ``float``: a list of numbers. ``base64``: the same as little-endian float32.
         dimensions: Numbers of each vector, for models whose vectors may be cut; by default all.
-        user: Accepted and not used.
+        user: Who asks, in your own words: for the log.
     """
 
     input: str | list[str | int | list[int]]

@@ -95,6 +95,7 @@ def embedding_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         inputs, names = _inputs(body.input)
         call = _call(router, request, body, "embedding", inputs, names)
         call.dimensions = body.dimensions
+        call.user = body.user or ""
 
         def answer(model: str, vectors: Vectors, usage: EmbeddingUsage) -> EmbeddingList:
             as_text = body.encoding_format == "base64"
@@ -239,7 +240,7 @@ async def _answer(
     context = CURRENT_REQUEST.get()
     num_tokens = len(generation.request.prompt_token_ids)
     if context is not None:
-        context.model, context.prompt_tokens = model, num_tokens
+        context.model, context.prompt_tokens, context.user = model, num_tokens, call.user
 
     def finish(vectors: Vectors) -> bytes:
         usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)

@@ -1,8 +1,10 @@
 """The bodies of ``/tokenize``, ``/detokenize`` and ``/apply-template``."""
 
+from typing import Any
+
 import msgspec
 
-from stoker.api.request_schemas import ChatMessage
+from stoker.api.request_schemas import ChatMessage, ToolParam
 
 __all__ = [
     "AppliedTemplate",
@@ -21,7 +23,12 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
         model: A served model's id; by default the first served model.
         prompt: Text, with the tokens that the model wants around it, as in vLLM.
         content: Text, without them, as in llama-server.
-        messages: A conversation: the tokens of the prompt that it becomes.
+        messages: A conversation: the tokens of the prompt that it becomes. With it the next four go as in a
+            chat completion.
+        tools: The functions that the model may call.
+        chat_template_kwargs: More names for the chat template.
+        add_generation_prompt: Whether the prompt ends with the beginning of an answer; it does by default.
+        continue_final_message: Go on where the last message, an assistant's, ends.
         add_special_tokens: Whether to add the tokens that the model wants around a text.
         add_special: The same, in llama-server's words.
         parse_special: Whether the text of control tokens becomes those tokens; by default it does.
@@ -33,6 +40,10 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     prompt: str | None = None
     content: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[ToolParam] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     add_special: bool | None = None
     parse_special: bool | None = None

@@ -15,7 +15,7 @@ from stoker.api.body import BodyDecoder, read_json_body
 from stoker.api.incoming import AnyRequest, current_request_id, default_model, visible_headers
 from stoker.api.openapi import body_operation
 from stoker.api.parameters import CHAT_FIELDS, KnownFields, check_parameters
-from stoker.api.request_schemas import ChatMessage, ChatRequest
+from stoker.api.request_schemas import ChatRequest
 from stoker.api.token_schemas import (
     AppliedTemplate,
     Detokenization,
@@ -36,15 +36,13 @@ T = TypeVar("T")
 
 _TOKENIZE_FIELDS = KnownFields.of(
     TokenizeRequest,
-    within={"messages": KnownFields.of(ChatMessage)},
-    unsupported=(
-        "add_generation_prompt",
-        "chat_template",
-        "chat_template_kwargs",
-        "mm_processor_kwargs",
-    ),
+    within={name: CHAT_FIELDS.within[name] for name in ("messages", "tools")},
+    unsupported=("chat_template", "mm_processor_kwargs"),
 )
 _DETOKENIZE_FIELDS = KnownFields.of(DetokenizeRequest)
+_ONLY_WITH_MESSAGES = (
+    *("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
+)
 _OFF_THREAD = 20_000  # characters or tokens that would hold up the event loop
 
 _tokenize_decoder = BodyDecoder(TokenizeRequest)
@@ -81,7 +79,8 @@ def _tokenize(config: Config, router: Router) -> HTTPRouteHandler:
         tokenizer = router.tokenizer(served.model_id)
         tokens: list[int]
         if body.messages is not None:
-            chat = ChatRequest(model=served.model_id, messages=body.messages)
+            given = {name: getattr(body, name) for name in _ONLY_WITH_MESSAGES}
+            chat = ChatRequest(model=served.model_id, messages=body.messages, **given)
             tokens = await router.encode(_call(config, router, chat, request))
         else:
             parse = body.parse_special is not False
@@ -188,6 +187,11 @@ def _what_to_tokenize(body: TokenizeRequest) -> tuple[str, bool]:
                     code="invalid_value",
                 )
         return "", False
+    for name in _ONLY_WITH_MESSAGES:
+        if getattr(body, name):
+            raise InvalidRequestError(
+                f"{name!r} has a meaning with 'messages' only", param=name, code="invalid_value"
+            )
     text = body.prompt if body.prompt is not None else body.content or ""
     return text, wishes.pop() is True if wishes else given == ["prompt"]
 

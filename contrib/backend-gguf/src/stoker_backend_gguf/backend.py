@@ -10,6 +10,7 @@ import msgspec
 
 import stoker
 from stoker_backend_gguf import machine, tuning
+from stoker_backend_gguf.embedder import GgufEmbedder, plan_embedding
 from stoker_backend_gguf.gguf_header import MAGIC, GgufHeader, check_files
 from stoker_backend_gguf.kernels import describe_exactness
 from stoker_backend_gguf.native import (
@@ -105,11 +106,32 @@ class GgufBackend(stoker.Backend):
             on_failure.callback(context.close)
             tokenizer = GgufTokenizer(weights)
             info = _describe(model, header, plan, native, weights, tokenizer)
+            embedding = plan_embedding(
+                header,
+                options,
+                int(weights.lib.llama_model_n_embd_out(weights.pointer)),
+                plan.context_length,
+            )
             info = msgspec.structs.replace(
                 info,
                 settings={**info.settings, "omp_wait_policy": wait_policy},
                 warnings=warnings,
+                embedding=embedding,
+                capabilities=msgspec.structs.replace(
+                    info.capabilities, embed=embedding is not None
+                ),
             )
+            embedder = None
+            if embedding is not None:
+                embedder = GgufEmbedder(
+                    path,
+                    weights,
+                    native,
+                    embedding,
+                    vocab_size=tokenizer.vocab_size,
+                    kv_bytes_per_token=machine.kv_bytes_per_token(header, "f16", "f16"),
+                    check_memory=options.check_memory,
+                )
             window = 0 if native.swa_full else int(weights.lib.llama_model_n_swa(weights.pointer))
             runtime = GgufRuntime(
                 weights,
@@ -121,6 +143,7 @@ class GgufBackend(stoker.Backend):
                 n_ubatch=min(native.n_ubatch, native.n_batch),
                 threads=(native.threads, native.batch_threads),
                 spin_control=spin_control(),
+                embedder=embedder,
             )
             on_failure.pop_all()
         return runtime

@@ -210,8 +210,21 @@ class NativeModel:
 class NativeContext:
     """A ``llama_context`` with its KV memory; free it with ``close``, before its model."""
 
-    def __init__(self, path: Path, model: NativeModel, settings: NativeSettings) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: NativeModel,
+        settings: NativeSettings,
+        *,
+        embeddings: bool = False,
+    ) -> None:
         """Make a context.
+
+        Args:
+            path: The model file, for messages.
+            model: The weights.
+            settings: What to make it with.
+            embeddings: Whether it hands out embeddings of tokens, unpooled, instead of logits.
 
         Raises:
             ModelError: llama.cpp refuses, or the model has no KV memory and cannot generate text.
@@ -230,7 +243,9 @@ class NativeContext:
         params.flash_attn_type = getattr(lib, _FLASH_ATTENTION[settings.flash_attention])
         params.kv_unified = settings.kv_unified
         params.swa_full = settings.swa_full
-        params.embeddings = False
+        params.embeddings = embeddings
+        if embeddings:
+            params.pooling_type = lib.LLAMA_POOLING_TYPE_NONE
         params.no_perf = True
         _errors.clear()
         self.pointer = lib.llama_init_from_model(model.pointer, params)

@@ -48,6 +48,12 @@ class GgufOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             which is while they are alone, and 300 if passive, a few microseconds. ``GOMP_SPINCOUNT`` in
             the environment wins.
         check_memory: Refuse a model whose weights and KV memory exceed the memory that is free.
+        embeddings: Offer embeddings. Their memory is taken when the first one is asked for.
+        pooling: How a text's vector is made from those of its tokens: their ``mean``, the first one's
+            (``cls``) or the ``last`` one's; by default as the model file says, else ``mean``.
+        embedding_tokens: Most tokens of a text to embed; by default the context of a lane.
+        matryoshka: Whether the model was trained so that the first numbers of a vector are an embedding, too:
+            then requests may ask for fewer ``dimensions``.
     """
 
     threads: _Count | None = None
@@ -68,3 +74,7 @@ class GgufOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     omp_wait_policy: Literal["adaptive", "passive", "active", "default"] = "adaptive"
     omp_spin_count: Annotated[int, msgspec.Meta(ge=0)] | None = None
     check_memory: bool = True
+    embeddings: bool = True
+    pooling: Literal["mean", "cls", "last"] | None = None
+    embedding_tokens: _Count | None = None
+    matryoshka: bool = False

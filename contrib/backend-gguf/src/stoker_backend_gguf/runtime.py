@@ -16,8 +16,11 @@ from stoker_backend_gguf.native import take_errors
 from stoker_backend_gguf.passes import plan_passes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from numpy.typing import NDArray
 
+    from stoker_backend_gguf.embedder import GgufEmbedder
     from stoker_backend_gguf.native import NativeContext, NativeModel
     from stoker_backend_gguf.tokenizer import GgufTokenizer
     from stoker_backend_gguf.waiting import SpinControl
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["GgufRuntime"]
 
 _NO_ROOM = 1
+_UNBOUNDED = 2**31
 _SNAPSHOT = struct.Struct("<4sII")  # magic, fingerprint of the model and its KV types, tokens
 _SNAPSHOT_MAGIC = b"SKV1"
 # What one more ubatch costs, in tokens at short context, and how much KV slows a token as much as itself.
@@ -46,6 +50,7 @@ class GgufRuntime(Runtime):
         n_ubatch: Most tokens that llama.cpp computes at once.
         threads: Threads of steps with one token a lane, and of others.
         spin_control: Told of every step.
+        embedder: What embeds, if anything does; closed with the runtime.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class GgufRuntime(Runtime):
         n_ubatch: int,
         threads: tuple[int, int],
         spin_control: SpinControl | None = None,
+        embedder: GgufEmbedder | None = None,
     ) -> None:
         self.info = info
         self.tokenizer: GgufTokenizer = tokenizer
@@ -77,6 +83,7 @@ class GgufRuntime(Runtime):
         self._threads = threads
         self._given_up = 0
         self._spin_control = spin_control
+        self._embedder = embedder
         self._no_logits = np.empty((0, info.vocab_size), np.float32)
         settings = repr(
             (info.name, info.vocab_size, info.weights_bytes, info.settings.get("kv_type"))
@@ -217,9 +224,30 @@ class GgufRuntime(Runtime):
             self._write_state(lane, np.frombuffer(snapshot, np.uint8, offset=_SNAPSHOT.size))
         return int(self._lengths[lane])
 
+    def embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """One vector for each input, pooled as ``info.embedding`` says."""
+        (vectors,) = (v for v in self.embed_in_pieces(inputs, _UNBOUNDED) if v is not None)
+        return vectors
+
+    def embed_in_pieces(
+        self, inputs: Sequence[Sequence[int]], max_tokens: int
+    ) -> Iterator[NDArray[np.float32] | None]:
+        """The same with pauses: no more than ``max_tokens`` between two, or one chunk of llama.cpp's."""
+        if self._embedder is None:
+            yield super().embed(inputs)
+            return
+        self._check_open()
+        for vectors in self._embedder.pieces(inputs, max_tokens):
+            if self._spin_control is not None:
+                self._share_cores(self._spin_control)
+                self._embedder.set_threads(max(1, self._threads[1] - self._given_up))
+            yield vectors
+
     def close(self) -> None:
         """Free the KV memory and the weights. May be called twice."""
         self.tokenizer.close()
+        if self._embedder is not None:
+            self._embedder.close()
         self._context.close()
         self._model.close()
 
