@@ -67,6 +67,7 @@ class ResponseStore:
         self._database: Database | None = None
         self._num_waiting = 0
         self._owner = this_process()
+        self._is_closed = False
 
     @property
     def is_on(self) -> bool:
@@ -179,7 +180,10 @@ class ResponseStore:
         return await self._ask(lambda database: database.delete(response_id, tenant))
 
     async def close(self) -> None:
-        """Write what waits, and let go of the file."""
+        """Write what waits, and let go of the file; may be called twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
         self._executor.shutdown(wait=False)
 
