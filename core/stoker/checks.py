@@ -62,6 +62,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "speculation.max_draft_tokens": (1, 64),
     "speculation.min_ngram": (1, 16),
     "speculation.max_ngram": (1, 16),
+    "responses.max_responses": _COUNT,
+    "responses.max_bytes": (1, math.inf),
+    "responses.ttl_s": (1, math.inf),
+    "responses.max_background": _COUNT,
     "performance.threads": (1, math.inf),
 }
 _NOT_EMPTY = (
@@ -76,6 +80,7 @@ _NOT_EMPTY = (
     "scheduler.policy",
     "cache.eviction",
     "performance.profile",
+    "responses.path",
 )
 
 _Problem = tuple[str, str]

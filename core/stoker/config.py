@@ -17,6 +17,7 @@ __all__ = [
     "MetricsConfig",
     "ModelConfig",
     "PerformanceConfig",
+    "ResponsesConfig",
     "SchedulerConfig",
     "ServerConfig",
     "SpeculationConfig",
@@ -289,6 +290,25 @@ class MetricsConfig(Section, frozen=True, kw_only=True):
     enabled: bool = True
 
 
+class ResponsesConfig(Section, frozen=True, kw_only=True):
+    """``[responses]``: what ``/v1/responses`` keeps.
+
+    Attributes:
+        path: The file (SQLite) that stored responses are in; by default ``stoker/responses.sqlite3`` in the
+            user's data folder (``XDG_DATA_HOME``). ``:memory:`` forgets them with the process.
+        max_responses: Most responses that are kept, of all tenants; 0 keeps none.
+        max_bytes: Most bytes that they take; where more come, the oldest of whoever has most go.
+        ttl_s: How long one is kept after it was made or last followed.
+        max_background: Most responses of a tenant that run in the background at once.
+    """
+
+    path: str | None = None
+    max_responses: int = 10_000
+    max_bytes: int = 256 * 2**20
+    ttl_s: float = 30 * 24 * 3600.0
+    max_background: int = 64
+
+
 class Config(Section, frozen=True, kw_only=True):
     """The whole configuration.
 
@@ -300,6 +320,7 @@ class Config(Section, frozen=True, kw_only=True):
         tenants: Who uses it; read again when the file changes.
         cache: KV reuse.
         speculation: Guessed tokens.
+        responses: What ``/v1/responses`` keeps.
         performance: The machine.
         logging: What is written to standard error.
         metrics: ``/metrics``.
@@ -314,6 +335,7 @@ class Config(Section, frozen=True, kw_only=True):
     tenants: list[TenantConfig] = []
     cache: CacheConfig = CacheConfig()
     speculation: SpeculationConfig = SpeculationConfig()
+    responses: ResponsesConfig = ResponsesConfig()
     performance: PerformanceConfig = PerformanceConfig()
     logging: LoggingConfig = LoggingConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -115,7 +115,12 @@ class Running:
 def make_config(options: dict[str, Any] | None = None, **sections: Any) -> Config:
     """A configuration with one scripted model."""
     model = ModelConfig(model=f"scripted:{MODEL}", lanes=8, context=1024, options=options or {})
-    raw = {"models": [msgspec.to_builtins(model)], "logging": {"access": True}, **sections}
+    raw = {
+        "models": [msgspec.to_builtins(model)],
+        "logging": {"access": True},
+        "responses": {"path": ":memory:"},
+        **sections,
+    }
     return msgspec.convert(raw, Config)
 
 

@@ -18,7 +18,7 @@ from stoker.config import Config
 from stoker.logs import CURRENT_REQUEST
 from stoker.router import Call, Router
 
-__all__ = ["AnswerForm", "answer"]
+__all__ = ["AnswerForm", "answer", "begin"]
 
 
 class AnswerForm(ABC):
@@ -42,9 +42,29 @@ class AnswerForm(ABC):
             Exception: The generation did not end well: the error to tell the client.
         """
 
+    def more_headers(self) -> Mapping[str, str]:
+        """Headers that are known once the body is."""
+        return {}
+
     def error(self, error: Exception, headers: Mapping[str, str]) -> ASGIApp:
         """The answer of an error before the first byte."""
         return asgi_error(error, headers)
+
+
+async def begin(request: AnyRequest, router: Router, calls: Sequence[Call]) -> Run:
+    """Start calls in the name of whoever makes a request.
+
+    Raises:
+        RequestError: They were refused.
+        ClientDisconnectedError: The client has gone.
+    """
+    context = CURRENT_REQUEST.get()
+    if context is not None:
+        context.user = calls[0].user
+        for call in calls:
+            call.tenant = context.tenant
+    # Middleware may take its time; who does not wait for it must not be computed for.
+    return await unless_gone(start(router, calls), request.receive)
 
 
 async def answer(
@@ -69,13 +89,7 @@ async def answer(
         RequestError: They were refused.
         ClientDisconnectedError: The client has gone.
     """
-    context = CURRENT_REQUEST.get()
-    if context is not None:
-        context.user = calls[0].user
-        for call in calls:
-            call.tenant = context.tenant
-    # Middleware may take its time; who does not wait for it must not be computed for.
-    run = await unless_gone(start(router, calls), request.receive)
+    run = await begin(request, router, calls)
     headers = merged_headers(run.headers, headers)
     explain: Explain | None = None
     if wants_explanation(calls[0].headers):
@@ -84,9 +98,8 @@ async def answer(
         if not form.stream:
             body = await unless_gone(form.body(run), request.receive)
             run.close()
-            return ASGIResponse(
-                body=body, media_type="application/json", headers=headers | _explained(explain)
-            )
+            headers = merged_headers(headers, form.more_headers()) | _explained(explain)
+            return ASGIResponse(body=body, media_type="application/json", headers=headers)
         encoder = form.encoder(run)
         events = stream_events(run, encoder, explain)
         server = config.server

@@ -17,6 +17,7 @@ from stoker.api.errors import handle_exception
 from stoker.api.info import info_routes
 from stoker.api.openapi import openapi_config
 from stoker.api.requests import request_routes
+from stoker.api.responses.routes import Responses
 from stoker.api.tokens import token_routes
 from stoker.api.unserved import unserved_routes
 from stoker.config import Config
@@ -60,8 +61,10 @@ def build_app(
         PluginConflictError: A plugin's route has a path that is taken; the message names it.
     """
     keys = KeyRing.load(config)
+    responses = Responses(config, router)
     own = [
         *completion_routes(config, router),
+        *responses.handlers(),
         *request_routes(config.scheduler.policy, router),
         *cache_routes(config, router),
         *info_routes(router),
@@ -75,7 +78,7 @@ def build_app(
         app = Application(
             route_handlers=[*own, *route_handlers],
             on_startup=list(on_startup),
-            on_shutdown=list(on_shutdown),
+            on_shutdown=[*on_shutdown, responses.close],
             exception_handlers={Exception: handle_exception},
             cors_config=CORSConfig(allow_origins=list(origins), expose_headers=list(_EXPOSED))
             if origins

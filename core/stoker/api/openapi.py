@@ -28,6 +28,13 @@ from stoker.api.answer_schemas import ChatCompletion, Completion
 from stoker.api.cache_schemas import CacheList, ClearedCache
 from stoker.api.embedding_schemas import EmbeddingList, EmbeddingRequest, Rerank, RerankRequest
 from stoker.api.request_schemas import ChatRequest, CompletionRequest
+from stoker.api.responses.answer_schemas import (
+    DeletedResponse,
+    InputTokens,
+    ItemList,
+    ResponseObject,
+)
+from stoker.api.responses.request_schemas import InputTokensRequest, ResponseRequest
 from stoker.api.schemas import (
     CancelledRequest,
     EngineList,
@@ -54,6 +61,7 @@ _BODIES = (
     ErrorBody, RequestList, RequestDetails, CancelledRequest, CacheList,
     ClearedCache, EmbeddingRequest, EmbeddingList, RerankRequest, Rerank, TokenizeRequest, Tokenization,
     DetokenizeRequest, Detokenization, AppliedTemplate,
+    ResponseRequest, ResponseObject, DeletedResponse, ItemList, InputTokensRequest, InputTokens,
 )  # fmt: skip
 
 

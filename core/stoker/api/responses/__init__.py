@@ -1,0 +1,1 @@
+"""``/v1/responses``: OpenAI's responses, translated into chat requests and told in their own words."""
