@@ -67,6 +67,7 @@ class Call(msgspec.Struct, kw_only=True):
         metadata: Free for middleware to read.
         wants_token_ids: Whether deltas carry token ids.
         wants_progress: Whether deltas without text tell how far the prompt is.
+        fits_context: Whether a ``max_tokens`` beyond the end of the context means as many as fit.
     """
 
     request_id: str
@@ -94,6 +95,7 @@ class Call(msgspec.Struct, kw_only=True):
     metadata: Mapping[str, str] = {}
     wants_token_ids: bool = False
     wants_progress: bool = False
+    fits_context: bool = False
 
     @property
     def prompt_field(self) -> str:
@@ -188,14 +190,15 @@ def make_request(
         InvalidRequestError: The model cannot serve it.
     """
     _check_tokens(routed.client.info.vocab_size, call, prompt)
-    check_length(routed, call.sampling, len(prompt), call.prompt_field)
+    sampling = _fitted(routed, call, len(prompt))
+    check_length(routed, sampling, len(prompt), call.prompt_field)
     timeouts = [t for t in (call.timeout_s, admission.request_timeout_s) if t]
     queue_timeout_s = admission.queue_timeout_s
     return Request(
         request_id=call.request_id,
         model=routed.served.model_id,
         prompt_token_ids=prompt,
-        sampling=call.sampling,
+        sampling=sampling,
         n=call.n,
         priority=priority,
         tenant=call.tenant,
@@ -212,6 +215,15 @@ def make_request(
         wants_progress=call.wants_progress,
         shown_tokens=shown_tokens,
     )
+
+
+def _fitted(routed: RoutedModel, call: Call, num_prompt: int) -> SamplingParams:
+    """The call's sampling; if it is to fit into the context, without tokens that could not."""
+    room = routed.client.max_total_tokens - num_prompt
+    wanted = call.sampling.max_tokens
+    if not call.fits_context or wanted is None or not 0 < room < wanted:
+        return call.sampling
+    return msgspec.structs.replace(call.sampling, max_tokens=room)
 
 
 def _check_tokens(vocab_size: int, call: Call, prompt: Sequence[int]) -> None:

@@ -12,8 +12,9 @@ from litestar.config.cors import CORSConfig
 from litestar.types import Receive, Scope, Send
 
 from stoker.api.auth import KeyRing
-from stoker.api.errors import describe
+from stoker.api.errors import describe, error_body
 from stoker.api.in_process import CALLER, Caller
+from stoker.api.messages_errors import speaks_anthropic
 from stoker.errors import RequestError
 from stoker.logs import CURRENT_REQUEST, RequestContext
 from stoker.tenants import ANONYMOUS
@@ -65,7 +66,9 @@ class Application(Litestar):
         request_id = _request_id(scope["headers"])
         context = RequestContext(request_id)
         token = CURRENT_REQUEST.set(context)
-        id_header = (b"x-request-id", request_id.encode())
+        id_headers = [(b"x-request-id", request_id.encode())]
+        if speaks_anthropic(scope["path"], scope["headers"]):
+            id_headers.append((b"request-id", request_id.encode()))
         status = 0
 
         def tagged(
@@ -74,7 +77,7 @@ class Application(Litestar):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), id_header]
+                message["headers"] = [*message.get("headers", ()), *id_headers]
             return send(message)
 
         try:
@@ -98,7 +101,7 @@ class Application(Litestar):
 
     async def _refuse(self, scope: Scope, send: Send, error: RequestError) -> None:
         reply = describe(error)
-        body = reply.body()
+        body = error_body(reply, scope)
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),

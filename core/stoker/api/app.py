@@ -15,6 +15,7 @@ from stoker.api.completions import completion_routes
 from stoker.api.embeddings import embedding_routes
 from stoker.api.errors import handle_exception
 from stoker.api.info import info_routes
+from stoker.api.messages import messages_routes
 from stoker.api.openapi import openapi_config
 from stoker.api.requests import request_routes
 from stoker.api.responses.routes import Responses
@@ -27,7 +28,14 @@ from stoker.router import Router
 __all__ = ["build_app"]
 
 _EXPOSED = [
-    *("retry-after", "retry-after-ms", "x-request-id", "x-stoker-explain", "x-stoker-warning"),
+    *(
+        "retry-after",
+        "retry-after-ms",
+        "request-id",
+        "x-request-id",
+        "x-stoker-explain",
+        "x-stoker-warning",
+    ),
     *("age", "x-stoker-cache"),
     *(
         f"x-ratelimit-{what}-{of}"
@@ -65,6 +73,7 @@ def build_app(
     own = [
         *completion_routes(config, router),
         *responses.handlers(),
+        *messages_routes(config, router),
         *request_routes(config.scheduler.policy, router),
         *cache_routes(config, router),
         *info_routes(router),

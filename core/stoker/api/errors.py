@@ -9,8 +9,9 @@ from litestar import Request
 from litestar.exceptions import HTTPException
 from litestar.response import Response
 from litestar.response.base import ASGIResponse
-from litestar.types import ASGIApp
+from litestar.types import ASGIApp, Scope
 
+from stoker.api.messages_errors import messages_error, speaks_anthropic
 from stoker.api.schemas import ErrorBody, ErrorDetail
 from stoker.errors import ModelError, OutOfMemoryError, RequestError, StokerError
 from stoker.logs import CURRENT_REQUEST
@@ -20,6 +21,7 @@ __all__ = [
     "ErrorReply",
     "asgi_error",
     "describe",
+    "error_body",
     "error_response",
     "handle_exception",
 ]
@@ -115,10 +117,17 @@ def _describe_http(error: HTTPException) -> ErrorReply:
     return ErrorReply(status, detail, headers)
 
 
-def error_response(reply: ErrorReply) -> Response[bytes]:
+def error_body(reply: ErrorReply, scope: Scope) -> bytes:
+    """The JSON of an error, in the words of the API that was asked."""
+    if speaks_anthropic(scope["path"], scope["headers"]):
+        return messages_error(reply.status_code, reply.detail)
+    return reply.body()
+
+
+def error_response(reply: ErrorReply, scope: Scope) -> Response[bytes]:
     """The HTTP answer of an error."""
     return Response(
-        content=reply.body(),
+        content=error_body(reply, scope),
         status_code=reply.status_code,
         media_type="application/json",
         headers=reply.headers,
@@ -153,4 +162,4 @@ def handle_exception(request: Request, error: Exception) -> Response[bytes]:  # 
     context = CURRENT_REQUEST.get()
     if context is not None and reply.status_code >= 499:
         context.error = type(error).__name__
-    return error_response(reply)
+    return error_response(reply, request.scope)

@@ -54,6 +54,10 @@ class StreamEncoder(ABC):
             comment: What to say before the very last event; may be empty.
         """
 
+    def keep_alive(self) -> bytes:
+        """What is sent in a pause; means nothing."""
+        return b": keep-alive\n\n"
+
     def error(self, error: Exception) -> bytes:
         """The end of a stream that failed."""
         return b"data: " + describe(error).body() + b"\n\n"

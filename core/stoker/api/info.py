@@ -9,6 +9,10 @@ from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
+from stoker.api.incoming import AnyRequest
+from stoker.api.messages_errors import speaks_anthropic
+from stoker.api.messages_models import list_for_anthropic, model_for_anthropic
+from stoker.api.messages_operations import models_operation
 from stoker.api.openapi import json_operation
 from stoker.api.schemas import Engine, EngineList, Model, ModelList, Readiness
 from stoker.interfaces import ServedModel
@@ -34,9 +38,11 @@ def info_routes(router: Router) -> list[HTTPRouteHandler]:
         summary="List the models",
         tags=["models"],
         operation_id="list_models",
-        operation_class=json_operation("ModelList"),
+        operation_class=models_operation("ModelList", "MessagesModelList"),
     )
-    async def list_models() -> ASGIApp:
+    async def list_models(request: AnyRequest) -> ASGIApp:
+        if _asks_anthropic(request):
+            return _json(list_for_anthropic(router.models(), request.query_params))
         return _json(ModelList(data=[_model(served) for served in router.models()]))
 
     @get(
@@ -44,10 +50,11 @@ def info_routes(router: Router) -> list[HTTPRouteHandler]:
         summary="Describe a model",
         tags=["models"],
         operation_id="get_model",
-        operation_class=json_operation("Model"),
+        operation_class=models_operation("Model", "MessagesModel"),
     )
-    async def get_model(model_id: FromPath[str]) -> ASGIApp:
-        return _json(_model(router.find(model_id.removeprefix("/"))))
+    async def get_model(request: AnyRequest, model_id: FromPath[str]) -> ASGIApp:
+        served = router.find(model_id.removeprefix("/"))
+        return _json(model_for_anthropic(served) if _asks_anthropic(request) else _model(served))
 
     @get(
         "/v1/engines",
@@ -97,6 +104,10 @@ def info_routes(router: Router) -> list[HTTPRouteHandler]:
         return _json(body, status_code=200 if body.ready else 503)
 
     return [list_models, get_model, list_engines, get_engine, health, ready]
+
+
+def _asks_anthropic(request: AnyRequest) -> bool:
+    return speaks_anthropic(request.scope["path"], request.scope["headers"])
 
 
 def _model(served: ServedModel) -> Model:

@@ -27,6 +27,14 @@ from stoker import __version__
 from stoker.api.answer_schemas import ChatCompletion, Completion
 from stoker.api.cache_schemas import CacheList, ClearedCache
 from stoker.api.embedding_schemas import EmbeddingList, EmbeddingRequest, Rerank, RerankRequest
+from stoker.api.messages_answers import (
+    CountedTokens,
+    Message,
+    MessagesErrorBody,
+    MessagesModel,
+    MessagesModelList,
+)
+from stoker.api.messages_schemas import MessagesPrompt, MessagesRequest
 from stoker.api.request_schemas import ChatRequest, CompletionRequest
 from stoker.api.responses.answer_schemas import (
     DeletedResponse,
@@ -62,6 +70,8 @@ _BODIES = (
     ClearedCache, EmbeddingRequest, EmbeddingList, RerankRequest, Rerank, TokenizeRequest, Tokenization,
     DetokenizeRequest, Detokenization, AppliedTemplate,
     ResponseRequest, ResponseObject, DeletedResponse, ItemList, InputTokensRequest, InputTokens,
+    MessagesRequest, MessagesPrompt, Message, CountedTokens, MessagesModelList, MessagesModel,
+    MessagesErrorBody,
 )  # fmt: skip
 
 
@@ -181,13 +191,18 @@ def openapi_config(*, secured: bool, schemas: Sequence[type] = ()) -> OpenAPICon
     """
     components = _BodyComponents(schemas)
     if secured:
-        components.security_schemes = {"api_key": SecurityScheme(type="http", scheme="bearer")}
+        components.security_schemes = {
+            "api_key": SecurityScheme(type="http", scheme="bearer"),
+            "x_api_key": SecurityScheme(
+                type="apiKey", name="x-api-key", security_scheme_in="header"
+            ),
+        }
     return OpenAPIConfig(
         title="stoker",
         version=__version__,
         description="An OpenAI-compatible API in front of local models.",
         components=components,
-        security=[{"api_key": []}] if secured else None,
+        security=[{"api_key": []}, {"x_api_key": []}] if secured else None,
         # The pages that show it would load scripts from elsewhere; the document needs nothing.
         render_plugins=[JsonRenderPlugin()],
         openapi_router=Router(

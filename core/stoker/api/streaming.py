@@ -16,7 +16,6 @@ from stoker.logs import CURRENT_REQUEST
 
 __all__ = ["EventStream", "stream_events", "wait_until_gone"]
 
-_KEEP_ALIVE = b": keep-alive\n\n"
 _MAX_EVENTS = 256  # of one chunk: a reader that fell behind gets what piled up in pieces
 
 
@@ -157,7 +156,7 @@ class EventStream(ASGIResponse):
     async def _send(self, send: Send) -> None:
         await self.start_response(send)
         if not self._first.done():
-            await self._send_chunk(send, _KEEP_ALIVE)
+            await self._send_chunk(send, self._encoder.keep_alive())
         try:
             first = await self._first
         except Exception as error:  # noqa: BLE001 - too late for a status: whatever it is, it is told
@@ -179,7 +178,8 @@ class EventStream(ASGIResponse):
         num_sent = -1
         while True:
             if num_sent == self._num_sent and num_sent and not self._is_sending:
-                await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+                pause = self._encoder.keep_alive()
+                await send({"type": "http.response.body", "body": pause, "more_body": True})
             num_sent = self._num_sent
             await asyncio.sleep(self._keep_alive_s)
 
