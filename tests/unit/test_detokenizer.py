@@ -91,6 +91,9 @@ likely_tokens = st.one_of(
 )
 
 
+SURROGATES = range(0xA0, 0xC0)
+
+
 def complete(raw: bytes) -> str:
     """The text of the bytes but for a last character that may still become whole."""
     for back in (1, 2, 3):
@@ -99,7 +102,11 @@ def complete(raw: bytes) -> str:
             try:
                 raw[start:].decode()
             except UnicodeDecodeError as error:
-                if error.reason == "unexpected end of data":
+                # Half a surrogate is never right, but the decoder waits for its third byte to say so.
+                is_surrogate = (
+                    raw[start] == 0xED and len(raw) == start + 2 and raw[-1] in SURROGATES
+                )
+                if error.reason == "unexpected end of data" or is_surrogate:
                     return raw[:start].decode("utf-8", "replace")
             break
     return raw.decode("utf-8", "replace")
