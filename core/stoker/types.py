@@ -153,8 +153,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         token_ids: The tokens, if the request wants them; those that only end the output are among them.
         logprobs: If the request wants them: one for each token that is part of the output's text, no earlier
             than its text; none for the tokens that ended it.
-        prompt_logprobs: On the first delta of sequence 0, if the request wants them: one for each token of
-            the prompt; ``None`` for the first one, which nothing predicts.
+        prompt_logprobs: On the first delta of sequence 0 that does not just tell progress, if the request
+            wants them: one for each token of the prompt; ``None`` for the first one, which nothing predicts.
         stop: With ``FinishReason.STOP``: the stop string or token id that ended it; ``None`` for an end.
         num_prefilled: If the request wants progress: prompt tokens whose KV is there; 0 once it decodes.
         cumulative_logprob: On the last delta, if the request wants log-probabilities: their sum over all of

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stoker import FinishReason, StepInput
-from stoker.config import CacheConfig, SchedulerConfig
+from stoker.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from stoker.engine import scoring
+from stoker.engine.drafters import Drafter
+from stoker.engine.ngram import NgramDrafter
 from stoker.testing import (
     EngineHarness,
     Fault,
@@ -34,6 +36,7 @@ def make(
     chunk: int = 512,
     lanes: int = 4,
     cache: CacheConfig | None = None,
+    drafter: Drafter | None = None,
     **options: Any,
 ) -> EngineHarness:
     return EngineHarness(
@@ -44,6 +47,8 @@ def make(
             max_num_batched_tokens=chunk, max_prefill_tokens_while_decoding=chunk, target_step_s=0
         ),
         cache=cache,
+        drafter=drafter,
+        speculation=SpeculationConfig(adaptive=False, max_draft_tokens=5),
     )
 
 
@@ -142,8 +147,9 @@ def test_the_logits_of_a_step_are_bounded(
     others = [harness.submit(f"{i} other " * 9, max_tokens=30) for i in range(2)]
     harness.run()
     assert max(rows) <= 20 + 6
-    assert all(len(r.text()) == 16 for r in requests)
-    assert all(len(r.text()) == 30 for r in others)
+    for request, count in [*((r, 16) for r in requests), *((r, 30) for r in others)]:
+        prompt = list(request.request.prompt_token_ids)
+        assert request.text() == runtime.expected_text(prompt, count)
     if block == 1:
         for request in requests:
             check(request, 1)
@@ -161,7 +167,8 @@ def life(seed: int) -> None:
     inner = ScriptedRuntime(lanes=3, context_length=200, options=options)
     bad = rng.choice([0, 0.1])
     runtime = FaultyRuntime(inner, lambda _: rng.choice(faults) if rng.random() < bad else None)
-    harness = make(runtime, chunk=rng.choice([5, 17, 100]))
+    drafter = NgramDrafter(2, 4) if rng.random() < 0.5 else None
+    harness = make(runtime, chunk=rng.choice([5, 17, 100]), drafter=drafter)
     requests = []
     for _ in range(rng.randint(1, 8)):
         prompt = rng.choice(["What is ", "What is the sea? " * 3, "x"]) + "abc"[: rng.randint(0, 3)]
@@ -172,6 +179,8 @@ def life(seed: int) -> None:
                 n=rng.choice([1, 1, 2]),
                 max_tokens=rng.choice([0, 1, 20]),
                 wants_progress=rng.random() < 0.5,
+                # What is drafted rides in the steps that score.
+                predicted=inner.expected_text(list(prompt.encode()), 12),
                 **({} if wanted is None else {"prompt_logprobs": wanted}),
             )
         )
