@@ -29,6 +29,7 @@ __all__ = ["Conversation", "read_conversation", "render_conversation"]
 
 _OFF_THREAD_CHARS = 20_000  # what is longer is rendered and tokenized off the event loop
 _ANY_OBJECT: dict[str, Any] = {"type": "object", "additionalProperties": True}
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _GUIDANCE = "x-guidance"  # where llguidance reads how to take a schema
 _LOOSE = "tools: parts of their schemas cannot be enforced; check the arguments of their calls"
 
@@ -365,11 +366,12 @@ def _rule(spec: GrammarSpec) -> str:
     if spec.kind == "json_object":
         return '%json {"type": "object"}'
     if spec.kind == "json_schema":
-        if spec.strict:
-            return f"%json {spec.text}"
         schema = json.loads(spec.text)
-        loose = {**schema, _GUIDANCE: {"lenient": True}} if isinstance(schema, dict) else schema
-        return f"%json {json.dumps(loose)}"
+        if not isinstance(schema, dict):
+            return f"%json {spec.text}"
+        return (
+            f"%json {json.dumps({**schema, _GUIDANCE: {**_COMPACT, 'lenient': not spec.strict}})}"
+        )
     if spec.kind == "choice":
         return " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(spec.text))
     raise InvalidRequestError(

@@ -84,7 +84,7 @@ def test_outputs_of_the_real_model_are_valid(real_server: Any, schema: dict[str,
         ]
         choices = [choice for job in jobs for choice in job.result()]
     stopped = [choice for choice in choices if choice["finish_reason"] == "stop"]
-    assert len(stopped) >= len(choices) // 3
+    assert len(stopped) >= (1 if schema is TREE else len(choices) // 3)  # trees grow and grow
     assert all(choice["finish_reason"] in {"stop", "length"} for choice in choices)
     for choice in stopped:
         jsonschema.validate(

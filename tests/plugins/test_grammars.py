@@ -15,6 +15,7 @@ from stoker.testing import ScriptedRuntime
 from stoker.testing.harness import EngineHarness, Submitted
 from stoker.types import FinishReason, StepInput, StepOutput
 from stoker_plugins.grammars.compiler import LlguidanceCompiler, LlguidanceGrammar
+from stoker_plugins.grammars.options import LlguidanceOptions
 from stoker_plugins.policies.fcfs import FirstComeFirstServed
 
 PERSON = {
@@ -140,6 +141,27 @@ def test_end_tokens_come_exactly_where_it_can_end(compiler: LlguidanceCompiler) 
     grammar = compiler.compile(GrammarSpec(kind="regex", text="ab*"))
     assert 257 not in allowed(grammar)
     assert allowed(grammar, b"a") == {ord("b"), 257}
+
+
+def follows(grammar: LlguidanceGrammar, text: str) -> bool:
+    matcher = grammar.start()
+    return all(matcher.accept(byte) for byte in text.encode()) and matcher.is_complete
+
+
+def test_json_is_compact_unless_told_otherwise(compiler: LlguidanceCompiler) -> None:
+    spec = schema_spec(
+        {"type": "object", "properties": {"a": {"type": "array"}}, "required": ["a"]}
+    )
+    compact = compiler.compile(spec)
+    assert follows(compact, '{"a":[1,2]}')
+    assert follows(compact, '{"a": [1, 2]}')
+    assert not follows(compact, '{"a":  [1]}')
+    assert not follows(compact, '{ "a": [1]}')
+    runtime = ScriptedRuntime()
+    options = LlguidanceOptions(whitespace=r"\x20|\n[\x20\t]{0,40}")
+    indented = LlguidanceCompiler(runtime.tokenizer, runtime.info, options).compile(spec)
+    assert follows(indented, json.dumps({"a": [1, {"b": 2}]}, indent=4))
+    assert follows(indented, '{"a":[1,2]}')
 
 
 class Holes(Tokenizer):

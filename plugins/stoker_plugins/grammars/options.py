@@ -18,7 +18,10 @@ class LlguidanceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     Attributes:
         max_bytes: Largest schema, expression, list of choices or grammar.
         max_depth: Deepest nesting of brackets in one.
-        whitespace: Expression for the whitespace that JSON may have between its tokens, once at each place.
+        item_separator: Expression for what stands between the items of JSON's arrays and objects.
+        key_separator: Expression for what stands between its keys and values.
+        whitespace: Expression for whitespace that it may have anywhere else, once at each place; empty for
+            none.
         max_grammar_size: Most symbols of a compiled grammar.
         max_items: Most parser items of one step: how ambiguous a grammar may be.
         max_lexer_states: Most lexer states of one output; each takes one or two kilobytes.
@@ -28,7 +31,9 @@ class LlguidanceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     max_bytes: _Positive = 262_144
     max_depth: _Positive = 100
-    whitespace: str = r"\x20|\n[\x20\t]{0,40}"
+    item_separator: str = r",\x20?"
+    key_separator: str = r":\x20?"
+    whitespace: str = ""
     max_grammar_size: _Positive = 500_000
     max_items: _Positive = 50_000
     max_lexer_states: _Positive = 50_000

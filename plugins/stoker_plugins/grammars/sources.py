@@ -12,6 +12,8 @@ from stoker import InvalidRequestError
 from stoker_plugins.grammars.bounds import MAX_STRING, check_expression, check_lark, check_schema
 
 if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
     from stoker import GrammarSpec
     from stoker_plugins.grammars.options import LlguidanceOptions
 
@@ -96,12 +98,23 @@ def _from_schema(schema: Any, spec: GrammarSpec, options: LlguidanceOptions) -> 
     try:
         return LLMatcher.grammar_from_json_schema(
             json.dumps(schema),
-            overrides={"whitespace_pattern": options.whitespace, "lenient": not spec.strict},
+            overrides={**_layout(options), "lenient": not spec.strict},
         )
     except ValueError as error:
         raise InvalidRequestError(
             f"{spec.param} is not a JSON schema: {error}", param=spec.param
         ) from None
+
+
+def _layout(options: LlguidanceOptions) -> JsonCompileOptions:
+    layout: JsonCompileOptions = {
+        "item_separator": options.item_separator,
+        "key_separator": options.key_separator,
+        "whitespace_flexible": False,
+    }
+    if options.whitespace:
+        layout["whitespace_pattern"] = options.whitespace
+    return layout
 
 
 def _from_choices(spec: GrammarSpec) -> str:
