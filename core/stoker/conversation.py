@@ -164,6 +164,12 @@ def _settings(call: Call, shown_tools: list[dict[str, Any]] | None) -> dict[str,
 
 def _read_with(routed: RoutedModel, call: Call, tools: Sequence[Tool]) -> Conversation:
     form, marks, special = routed.tool_format, routed.reasoning, _special_tokens(routed)
+    choice = call.tool_choice
+    if choice.mode == "required" and len(choice.names) == 1:
+        # Who names a function wants it called, once.
+        call = msgspec.structs.replace(
+            call, tool_choice=msgspec.structs.replace(choice, parallel=False)
+        )
     messages, shown_tools = _for_template(routed, call, tools)
     prompt = routed.template.prompt(messages, **_settings(call, shown_tools))
     continued = ""

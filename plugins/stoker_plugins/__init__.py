@@ -131,6 +131,9 @@ def stoker_register_tool_formats() -> Sequence[ToolFormatInfo]:
     """How families of models write tool calls."""
     return [
         _tool_format("hermes", "hermes:Hermes", "<tool_call>{...}</tool_call>: Hermes, Qwen"),
+        _tool_format("mistral", "mistral:Mistral", "[TOOL_CALLS]: Mistral"),
+        _tool_format("llama3", "llama3:Llama3", "A JSON object for an answer: Llama 3.1 to 3.3"),
+        _tool_format("pythonic", "pythonic:Pythonic", "[name(key=value)]: Gemma, Llama 4", 200),
         _tool_format(
             "generic", "hermes:Generic", "Any model: tools in words, calls by grammar", 1000
         ),

@@ -88,4 +88,4 @@ class _HermesParser(CallReader):
                 elif self._ended and _CLOSE.startswith(self._text[after:]):
                     self._text = ""  # cut off within what closes the call
             else:
-                self._write_text(at)
+                self._give_back(at)

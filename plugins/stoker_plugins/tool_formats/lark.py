@@ -9,8 +9,20 @@ from typing import Any
 from stoker import Tool, ToolChoice
 from stoker_plugins.tool_formats.schemas import closed
 
-__all__ = ["allowed", "alternatives", "arguments", "json_calls", "literal", "marker", "repeated"]
+__all__ = [
+    "GAP",
+    "allowed",
+    "alternatives",
+    "arguments",
+    "free_text",
+    "json_calls",
+    "literal",
+    "marker",
+    "repeated",
+]
 
+GAP = r"[ \n]{0,4}"
+"""Whitespace between the parts of a call where a model may begin one by itself."""
 # Compact JSON, or with one space where people put one: a small model cannot lose itself in whitespace.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -42,12 +54,19 @@ def repeated(item: str, separator: str, choice: ToolChoice) -> str:
     return f"{item} ({separator} {item})*" if choice.parallel else item
 
 
-def arguments(name: str, schema: Mapping[str, Any]) -> str:
+def arguments(name: str, schema: Mapping[str, Any], *, is_object: bool = True) -> str:
     """The rule ``name``: JSON that satisfies a tool's parameters.
 
     The schema is the root of its own grammar, so that ``$ref`` leads to where it should.
+
+    Args:
+        name: The rule's name.
+        schema: What the JSON has to satisfy.
+        is_object: Whether it is a tool's arguments; otherwise it is any value.
     """
-    shape: dict[str, Any] = closed(schema) if schema else _NO_ARGUMENTS
+    shape: dict[str, Any] = closed(schema, is_object=is_object)
+    if is_object and not schema:
+        shape = _NO_ARGUMENTS
     shape = {**shape, "x-guidance": {**shape.get("x-guidance", {}), **_LAYOUT}}
     return f"{name}: %json {json.dumps(shape, ensure_ascii=False)}\n"
 
@@ -60,3 +79,9 @@ def json_calls(tools: Sequence[Tool], key: str = "arguments") -> str:
         rules.append(f'body_{i}: {literal(head)} arguments_{i} "}}"\n')
         rules.append(arguments(f"arguments_{i}", tool.parameters))
     return "".join(rules)
+
+
+def free_text(*calls: str) -> str:
+    """The terminal ``TEXT``: anything that does not begin with one of these expressions."""
+    beginnings = "|".join(calls)
+    return f"TEXT: /(.|\\n)*/ & ~/({beginnings})(.|\\n)*/\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ import msgspec
 from stoker import CallPiece, OutputParser, Piece, TextPiece, Tool, ToolChoice
 from stoker_plugins.tool_formats.lark import allowed
 
-__all__ = ["CallReader", "Reading", "decode_call", "dumps", "overlap"]
+__all__ = ["CallReader", "Reading", "decode_call", "dumps", "is_object", "next_part", "overlap"]
 
 Reading = Generator[None, None, bool]
 """Yields where it needs more text; returns whether a call was read."""
@@ -28,6 +28,7 @@ _INSIDE = re.compile(r'["\\]')
 _HEAD = re.compile(
     r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)', re.DOTALL
 )
+_MAX_GAP = 4  # as in grammars: lark.GAP
 _SPACES = re.compile(r"\s*")
 _REST_OF_CALL = re.compile(r"\s*\}")
 
@@ -79,8 +80,11 @@ class CallReader(OutputParser):
         constrained: Whether a grammar makes sure that what begins like a call is one.
     """
 
+    _needs_arguments = False  # whether an object that has none is no call
+
     def __init__(self, tools: Sequence[Tool], choice: ToolChoice, *, constrained: bool) -> None:
         self._names = frozenset(tool.name for tool in allowed(tools, choice))
+        self._required = choice.mode == "required"
         self._parallel = choice.parallel
         self._constrained = constrained
         self._text = ""  # what has come and was not given on
@@ -101,7 +105,8 @@ class CallReader(OutputParser):
         """The output is over; returns what was held back."""
         self._ended = True
         next(self._run, None)
-        self._write_text(len(self._text))
+        if not (self._constrained and (self._required or self._num_calls)):
+            self._write_text(len(self._text))  # else it is the beginning of a call, cut off
         return self._taken()
 
     @abstractmethod
@@ -117,6 +122,8 @@ class CallReader(OutputParser):
     def _write_text(self, size: int) -> None:
         """Give on the first characters as text; of whitespace after a call no more than a line's end."""
         text, self._text = self._text[:size], self._text[size:]
+        if self._constrained and self._required:
+            return  # there is none but what was cut off at the beginning of a call
         if self._after_call:
             text = text.lstrip()
             if not text:
@@ -144,6 +151,14 @@ class CallReader(OutputParser):
             self._write_text(len(self._text[:certain].rstrip()))
             yield
 
+    def _all_text(self) -> Generator[None]:
+        """Give on everything that comes as text."""
+        while True:
+            self._write_text(len(self._text))
+            if self._ended:
+                return
+            yield
+
     def _skip_spaces(self, at: int) -> Generator[None, None, int]:
         """The place of the next character that is no whitespace, or the end."""
         while True:
@@ -160,6 +175,25 @@ class CallReader(OutputParser):
                 return False
             yield
         return self._text.startswith(expected, at)
+
+    def _give_back(self, size: int) -> None:
+        """What began like a call is text, but where a grammar made sure that it was one: that was cut off."""
+        if self._constrained and self._ended:
+            self._text = ""
+        else:
+            self._write_text(size)
+
+    def _begins(self, at: int, *parts: Collection[str]) -> Generator[None, None, bool]:
+        """Whether one of each of these parts comes next, in turn, with no more than gaps before them."""
+        for part in parts:
+            while (size := next_part(self._text, at, part)) < 0:
+                if self._ended:
+                    return False
+                yield
+            if not size:
+                return False
+            at += size
+        return True
 
     # ------------------------------------------------------------------ calls
 
@@ -230,18 +264,26 @@ class CallReader(OutputParser):
         end = yield from self._value_end(at)
         if end < 0:
             return False
-        call = decode_call(self._text[at:end])
+        call = decode_call(self._text[at:end], needs_arguments=self._needs_arguments)
         if call is None or not self._may_call(call[0]):
             return False
         self._begin_call(end, *call)
         return True
 
 
-def decode_call(text: str) -> tuple[str, str] | None:
-    """Name and arguments of a call that is one JSON object; ``None`` if it is not that."""
+def decode_call(text: str, *, needs_arguments: bool = False) -> tuple[str, str] | None:
+    """Name and arguments of a call that is one JSON object; ``None`` if it is not that.
+
+    Args:
+        text: The object.
+        needs_arguments: Whether it is no call without arguments, however few.
+    """
     try:
         call = msgspec.json.decode(text, type=_JsonCall)
-        arguments = (bytes(call.arguments) or bytes(call.parameters) or b"{}").decode()
+        raw = bytes(call.arguments) or bytes(call.parameters)
+        if needs_arguments and not raw:
+            return None
+        arguments = (raw or b"{}").decode()
         value: Any = msgspec.json.decode(arguments)
         if isinstance(value, str):  # some models write the object as a string
             arguments, value = value, msgspec.json.decode(value)
@@ -252,6 +294,28 @@ def decode_call(text: str) -> tuple[str, str] | None:
     if not isinstance(value, dict):
         return None
     return call.name, arguments.strip()
+
+
+def is_object(text: str) -> bool:
+    """Whether this is a JSON object."""
+    try:
+        return isinstance(msgspec.json.decode(text), dict)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+
+
+def next_part(text: str, at: int, part: Collection[str]) -> int:
+    """Length of a gap and one of these texts, if they come next; 0 if not; -1 if that is not certain yet."""
+    start = at
+    while start - at < _MAX_GAP and text[start : start + 1] in {" ", "\n"}:
+        start += 1
+    is_open = False
+    for expected in part:
+        found = text[start : start + len(expected)]
+        if found == expected:
+            return start - at + len(expected)
+        is_open = is_open or expected.startswith(found)
+    return -1 if is_open else 0
 
 
 def dumps(value: Any) -> str:

@@ -25,7 +25,7 @@ _COMBINING = ("allOf", "not", "if", "dependentSchemas", "unevaluatedProperties")
 _BESIDE_PROPERTIES = ("$ref", "$dynamicRef", "anyOf", "oneOf", "patternProperties")
 
 
-def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+def closed(schema: Mapping[str, Any], *, is_object: bool = True) -> dict[str, Any]:
     """A schema of objects that have no other properties than the ones it names.
 
     JSON Schema lets an object have any further properties unless it says otherwise. Nobody who describes a
@@ -34,8 +34,9 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         schema: The schema of a tool's arguments.
+        is_object: Whether it describes an object even where it does not say so.
     """
-    root = {"type": "object", **schema}
+    root = {"type": "object", **schema} if is_object else dict(schema)
     return _close(root) if all(map(_is_plain, _schemas(root))) else root
 
 
