@@ -18,7 +18,6 @@ from stoker.calls import (
     RoutedModel,
     check_length,
     encode_prediction,
-    encode_prompt,
     make_request,
     render_prompt,
 )
@@ -184,7 +183,7 @@ class Router:
 
     async def encode(self, call: Call) -> list[int]:
         """The tokens of the prompt that a call would have."""
-        return await encode_prompt(self._find(call.model), call)
+        return (await read_conversation(self._find(call.model), call)).token_ids
 
     async def render(self, call: Call) -> str:
         """The text of the prompt that a call with messages would have."""
