@@ -16,6 +16,7 @@ UNSERVED = {
     "assistants": "the Assistants API; use /v1/responses or /v1/chat/completions",
     "audio": "speech and transcription",
     "chatkit": "ChatKit",
+    "conversations": "conversations; follow responses with previous_response_id",
     "containers": "code interpreter containers",
     "evals": "evals",
     "fine_tuning": "fine-tuning",

@@ -10,7 +10,7 @@ from stoker.api.incoming import (
     default_model,
     visible_headers,
 )
-from stoker.api.responses.answer_schemas import Item
+from stoker.api.responses.answer_schemas import FunctionCallItem, Item
 from stoker.api.responses.items import Turn, read_input, to_messages
 from stoker.api.responses.request_schemas import InputItem, InputTokensRequest, ResponseRequest
 from stoker.api.responses.store import KeptResponse, ResponseStore
@@ -99,7 +99,12 @@ class Preparer:
                 param="previous_response_id",
                 code="invalid_value",
             )
-        return all_items(history)
+        # A call that was cut off is none: its arguments are no JSON, and nothing was called.
+        return [
+            item
+            for item in all_items(history)
+            if not (isinstance(item, FunctionCallItem) and item.status == "incomplete")
+        ]
 
     async def _referred(
         self, given: str | Sequence[InputItem] | None, tenant: str

@@ -253,7 +253,7 @@ def _place(turn: Turn, call: str | None, rest: str) -> str:
         rest = rest.replace(".tool_call_id", ".call_id")
         if turn.message.role == "tool":
             rest = rest.replace(".content", ".output")
-    return origin + rest if origin.startswith("input") else origin
+    return origin + rest if origin.startswith("input.") else origin
 
 
 def _invalid(message: str, param: str) -> InvalidRequestError:
