@@ -167,7 +167,7 @@ class KeyRing:
         presented = _presented(headers)
         if presented is None:
             raise AuthenticationError(
-                "an API key is required; send it as 'Authorization: Bearer KEY'"
+                "an API key is required; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
             )
         # How long the look-up takes may tell something of digests, but nothing of keys: to use it one
         # would have to find keys whose digests begin as wanted, and would still know none.

@@ -16,6 +16,21 @@ from litestar.openapi.spec import (
 __all__ = ["messages_operation", "models_operation"]
 
 _STRING = Schema(type=OpenAPIType.STRING)
+_EVENT = Schema(
+    type=OpenAPIType.OBJECT,
+    description="An event; `data` is the JSON of an object whose `type` is the event's.",
+    properties={
+        "event": Schema(
+            type=OpenAPIType.STRING,
+            enum=[
+                *("message_start", "content_block_start", "content_block_delta"),
+                *("content_block_stop", "message_delta", "message_stop", "ping", "error"),
+            ],
+        ),
+        "data": _STRING,
+    },
+    required=["event", "data"],
+)
 _VERSION = Parameter(
     name="anthropic-version",
     param_in="header",
@@ -69,7 +84,7 @@ def messages_operation(request: str, response: str, *, streams: bool = False) ->
             success = _json("The answer", response)
             if streams and success.content is not None:
                 success.description = "The answer; with `stream`, server-sent events of its parts"
-                success.content["text/event-stream"] = OpenAPIMediaType(schema=_STRING)
+                success.content["text/event-stream"] = OpenAPIMediaType(schema=_EVENT)
             self.responses = {"200": success, "default": _json("An error", "MessagesErrorBody")}
 
     return MessagesOperation

@@ -28,6 +28,26 @@ __all__ = [
 
 _MAX_STOP_SEQUENCES = 64
 
+# Decoded as any text, so that the error of another one can say what to do; shown as what is possible.
+TextType = Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
+BlockType = Annotated[
+    str,
+    Meta(
+        extra_json_schema={
+            "enum": ["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
+        }
+    ),
+]
+Role = Annotated[str, Meta(extra_json_schema={"enum": ["user", "assistant", "system"]})]
+ToolType = Annotated[str, Meta(extra_json_schema={"enum": ["custom"]})]
+ChoiceType = Annotated[str, Meta(extra_json_schema={"enum": ["auto", "any", "tool", "none"]})]
+ThinkingType = Annotated[str, Meta(extra_json_schema={"enum": ["enabled", "disabled", "adaptive"]})]
+ThinkingDisplay = Annotated[str, Meta(extra_json_schema={"enum": ["summarized", "omitted"]})]
+FormatType = Annotated[str, Meta(extra_json_schema={"enum": ["json_schema"]})]
+Effort = Annotated[str, Meta(extra_json_schema={"enum": ["low", "medium", "high", "xhigh", "max"]})]
+Speed = Annotated[str, Meta(extra_json_schema={"enum": ["standard"]})]
+ServiceTier = Annotated[str, Meta(extra_json_schema={"enum": ["auto", "standard_only"]})]
+
 
 class CacheControl(msgspec.Struct, kw_only=True):
     """A mark where Anthropic's cache ends a prefix. Here every prefix is looked up and kept anyway."""
@@ -39,7 +59,7 @@ class CacheControl(msgspec.Struct, kw_only=True):
 class ResultBlock(msgspec.Struct, kw_only=True):
     """A part of a tool's result; ``type`` is ``text``."""
 
-    type: str
+    type: TextType
     text: str | None = None
     cache_control: CacheControl | None = None
 
@@ -63,7 +83,7 @@ class InputBlock(msgspec.Struct, kw_only=True):
         cache_control: Taken; see there.
     """
 
-    type: str
+    type: BlockType
     text: str | None = None
     id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     name: ToolName | None = None
@@ -85,7 +105,7 @@ class InputMessage(msgspec.Struct, kw_only=True):
         content: Text, or content blocks.
     """
 
-    role: str
+    role: Role
     content: str | list[InputBlock]
 
 
@@ -105,7 +125,7 @@ class MessagesTool(msgspec.Struct, kw_only=True):
     name: ToolName
     description: str | None = None
     input_schema: dict[str, Any] | None = None
-    type: str | None = None
+    type: ToolType | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
@@ -120,7 +140,7 @@ class MessagesToolChoice(msgspec.Struct, kw_only=True):
         disable_parallel_tool_use: At most one call in an answer.
     """
 
-    type: str
+    type: ChoiceType
     name: ToolName | None = None
     disable_parallel_tool_use: bool | None = None
 
@@ -133,8 +153,8 @@ class ThinkingConfig(msgspec.Struct, kw_only=True):
         display: ``summarized``: tell what it thought (all of it); ``omitted``: only that it did.
     """
 
-    type: str
-    display: str | None = None
+    type: ThinkingType
+    display: ThinkingDisplay | None = None
 
 
 class JsonOutputFormat(msgspec.Struct, kw_only=True, rename={"schema_": "schema"}):
@@ -145,7 +165,7 @@ class JsonOutputFormat(msgspec.Struct, kw_only=True, rename={"schema_": "schema"
         schema_: The schema.
     """
 
-    type: str
+    type: FormatType
     schema_: dict[str, Any] | None = None
 
 
@@ -157,7 +177,7 @@ class OutputConfig(msgspec.Struct, kw_only=True):
         format: What the answer must look like.
     """
 
-    effort: str | None = None
+    effort: Effort | None = None
     format: JsonOutputFormat | None = None
 
 
@@ -193,7 +213,7 @@ class MessagesPrompt(msgspec.Struct, kw_only=True):
     output_config: OutputConfig | None = None
     output_format: JsonOutputFormat | None = None
     cache_control: CacheControl | None = None
-    speed: str | None = None
+    speed: Speed | None = None
 
 
 class MessagesRequest(MessagesPrompt, kw_only=True):
@@ -223,4 +243,4 @@ class MessagesRequest(MessagesPrompt, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: NaturalInt | None = None
     metadata: MessagesMetadata | None = None
-    service_tier: str | None = None
+    service_tier: ServiceTier | None = None
