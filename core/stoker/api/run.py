@@ -56,6 +56,7 @@ class Run:
         self._completion_tokens = 0
         self._cached: dict[int, int] = {}  # by generation's offset
         self.reasoning_tokens = 0
+        self._accepted = self._rejected = 0  # of a prediction
 
     @property
     def tracked(self) -> TrackedRequest:
@@ -176,6 +177,8 @@ class Run:
         usage = delta.usage
         if usage is not None:
             self._completion_tokens += usage.completion_tokens
+            self._accepted += usage.accepted_prediction_tokens
+            self._rejected += usage.rejected_prediction_tokens
             # The prompt counts once, and what its first sequence computed the others find cached.
             known = self._cached.get(offset, usage.cached_tokens)
             self._cached[offset] = min(known, usage.cached_tokens)
@@ -198,7 +201,9 @@ class Run:
             total_tokens=prompt + self._completion_tokens + more_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached.values())),
             completion_tokens_details=CompletionTokensDetails(
-                reasoning_tokens=self.reasoning_tokens
+                reasoning_tokens=self.reasoning_tokens,
+                accepted_prediction_tokens=self._accepted,
+                rejected_prediction_tokens=self._rejected,
             ),
         )
 
