@@ -58,6 +58,7 @@ def _serve(folder: Path, *arguments: str, config: str | None = None) -> Iterator
     log = folder / f"server-{port}.log"
     command = [sys.executable, "-m", "stoker", "serve", *arguments, "--port", str(port)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("STOKER_")}
+    environment["XDG_DATA_HOME"] = str(folder / "data")  # what is stored there is not the user's
     with log.open("wb") as sink:
         process = subprocess.Popen(command, cwd=folder, env=environment, stderr=sink)
     served = Served(f"http://127.0.0.1:{port}", process, log)

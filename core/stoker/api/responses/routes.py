@@ -107,11 +107,13 @@ class Responses:
         """Whether the response is stored, and a warning if it is not although that was asked for."""
         if body.store is False:
             return False
-        if self._store.is_on:
+        limits = self._config.responses
+        if self._store.is_on and (limits.max_background or not body.background):
             return True
         if body.background:
+            name = "max_background" if self._store.is_on else "max_responses"
             raise InvalidRequestError(
-                "'background' is not possible here: responses.max_responses is 0, so none is stored",
+                f"'background' is not possible here: responses.{name} is 0",
                 param="background",
                 code="unsupported_parameter",
             )

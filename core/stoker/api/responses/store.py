@@ -122,14 +122,14 @@ class ResponseStore:
             RequestNotFoundError: The tenant has none of that id.
             UnavailableError: The store cannot be read.
         """
-        stored = await self._ask(lambda database: database.get(response_id, tenant))
-        if stored is None:
+        kept = await self._ask(lambda database: _read(database.get(response_id, tenant)))
+        if kept is None:
             raise RequestNotFoundError(
                 f"no response {response_id[:64]!r} is stored: it was not, was deleted, or has expired",
                 param="response_id",
                 code="response_not_found",
             )
-        return _kept(stored)
+        return kept
 
     async def history(self, response_id: str, tenant: str) -> list[KeptResponse]:
         """A tenant's response and all that it follows, the first one first.
@@ -138,12 +138,16 @@ class ResponseStore:
             InvalidRequestError: One of them is not stored, or they are too many.
             UnavailableError: The store cannot be read.
         """
-        chain = await self._ask(
-            lambda database: database.chain(response_id, tenant, _MAX_CHAIN, _MAX_CHAIN_BYTES)
-        )
-        if chain and len(chain) < _MAX_CHAIN and chain[0].previous is None:
-            return [_kept(stored) for stored in chain]
-        size = sum(len(stored.input) + len(stored.output) for stored in chain)
+
+        def read(database: Database) -> tuple[int, list[KeptResponse]]:
+            chain = database.chain(response_id, tenant, _MAX_CHAIN, _MAX_CHAIN_BYTES)
+            size = sum(len(stored.input) + len(stored.output) for stored in chain)
+            return size, [_kept(stored) for stored in chain]
+
+        size, chain = await self._ask(read)
+        previous = chain[0].response.previous_response_id if chain else response_id
+        if previous is None:
+            return chain
         if len(chain) >= _MAX_CHAIN or size >= _MAX_CHAIN_BYTES:
             raise InvalidRequestError(
                 f"the conversation before {response_id[:64]!r} is too long to follow; send what matters "
@@ -151,9 +155,8 @@ class ResponseStore:
                 param="previous_response_id",
                 code="invalid_value",
             )
-        missing = (chain[0].previous or "") if chain else response_id
         raise InvalidRequestError(
-            f"previous response {missing[:64]!r} is not stored: it was not, was deleted, or has expired",
+            f"previous response {previous[:64]!r} is not stored: it was not, was deleted, or has expired",
             param="previous_response_id",
             code="previous_response_not_found",
         )
@@ -164,10 +167,9 @@ class ResponseStore:
         Raises:
             UnavailableError: The store cannot be read.
         """
-        stored = await self._ask(lambda database: database.holder(item_id, tenant))
-        if stored is None:
+        kept = await self._ask(lambda database: _read(database.holder(item_id, tenant)))
+        if kept is None:
             return None
-        kept = _kept(stored)
         items = [*kept.input, *kept.response.output]
         return next((item for item in items if item.id == item_id), None)
 
@@ -191,7 +193,7 @@ class ResponseStore:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._executor, self._try, question)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, msgspec.MsgspecError) as error:
             logger.warning("the store of responses failed: %s", error)
             raise UnavailableError(
                 "the store of responses cannot be used now; the server's log says why"
@@ -276,17 +278,28 @@ class ResponseStore:
     def _fail_abandoned(self, database: Database) -> None:
         """Responses that ran when a server was killed will never be whole: whoever asks is told so."""
         for stored in database.abandoned():
-            response = _kept(stored).response
-            response.status = "failed"
-            response.error = FailureDetails(code="server_error", message=_LOST)
-            head = _encode(msgspec.structs.replace(response, output=[]))
-            ids = [item.id for item in (*_items_decoder.decode(stored.input), *response.output)]
-            database.put(msgspec.structs.replace(stored, head=head, owner=None, events=None), ids)
+            try:
+                self._fail(database, stored)
+            except (sqlite3.OperationalError, ValueError, msgspec.MsgspecError) as error:
+                logger.warning("response %s cannot be marked as failed: %s", stored.id, error)
+
+    @staticmethod
+    def _fail(database: Database, stored: StoredResponse) -> None:
+        response = _kept(stored).response
+        response.status = "failed"
+        response.error = FailureDetails(code="server_error", message=_LOST)
+        head = _encode(msgspec.structs.replace(response, output=[]))
+        ids = [item.id for item in (*_items_decoder.decode(stored.input), *response.output)]
+        database.put(msgspec.structs.replace(stored, head=head, owner=None, events=None), ids)
 
     def _close(self) -> None:
         database, self._database = self._database, None
         if database is not None:
             database.close()
+
+
+def _read(stored: StoredResponse | None) -> KeptResponse | None:
+    return None if stored is None else _kept(stored)
 
 
 def _kept(stored: StoredResponse) -> KeptResponse:
