@@ -8,9 +8,7 @@ from pydantic import BaseModel
 from show import BASE_URL, MODEL, show
 
 client = Anthropic(base_url=BASE_URL, api_key="none")
-greedy = {
-    "temperature": 0
-}  # since version 2 the client has no argument for it; the server takes it
+greedy = {"temperature": 0}  # version 2.12 has no argument for it
 
 
 def plain() -> str:
