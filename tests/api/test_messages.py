@@ -333,3 +333,16 @@ def test_pages_of_models(start_server: Any) -> None:
         for query in ({"limit": 0}, {"after_id": "no"}, {"after_id": "m1", "before_id": "m3"}):
             with pytest.raises(anthropic.BadRequestError):
                 official.models.list(**query)
+
+
+def test_pings_in_pauses(start_server: Any) -> None:
+    server = start_server({"step_s": 0.3}, server={"keep_alive_s": 0.05})
+    body = BODY | {"max_tokens": 3, "stream": True}
+    raw = httpx.post(f"{server.url}{PATH}", json=body, timeout=60).text
+    before, _, after = raw.partition("event: message_start")
+    assert set(before.split("\n\n")) == {": keep-alive", ""}
+    assert after.count("event: ping\n") > 1
+    assert ": keep-alive" not in after
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as official:
+        stream = official.messages.create(model=MODEL, max_tokens=3, messages=HI, stream=True)
+        assert [event.type for event in stream][-1] == "message_stop"
