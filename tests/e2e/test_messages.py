@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -38,8 +39,9 @@ class City(pydantic.BaseModel):
 
 
 @pytest.fixture
-def client(real_server: Any) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=real_server.url, api_key="none", max_retries=0)
+def client(real_server: Any) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=real_server.url, api_key="none", max_retries=0) as client:
+        yield client
 
 
 def text_of(message: Any) -> str:
