@@ -18,6 +18,8 @@ from stoker_backend_gguf.embedder import plan_embedding
 from stoker_backend_gguf.options import GgufOptions
 from stoker_backend_gguf.runtime import GgufRuntime
 
+pytestmark = pytest.mark.model
+
 TEXTS = (
     "The cat sat on the mat.",
     "A kitten lay on the rug.",

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
+import stoker
+from stoker import EngineError
+from stoker_backend_gguf.backend import GgufBackend
+from stoker_backend_gguf.options import GgufOptions
 from stoker_backend_gguf.tokenizer import GgufTokenizer
 
 pytestmark = pytest.mark.model
@@ -138,3 +144,41 @@ def test_user_defined_markup_is_kept_from_users_too():
     assert typed == [299, ord("a"), *b"<tool>", 302, *b"<|turn|>"]
     parsed = tokenizer.encode(text, add_special=True, parse_special=True)
     assert parsed == [299, ord("a"), 301, 302, 300]
+
+
+def test_a_long_text_holds_up_nobody_but_close(model_path: Path) -> None:
+    """One thread is held up inside the library; others encode, and ``close`` waits for it."""
+    settings = stoker.LoadSettings(
+        lanes=1, context_length=256, options=GgufOptions(self_test=False)
+    )
+    model = stoker.LocalModel(path=model_path, model_id="model", reference="model")
+    runtime = GgufBackend().load(model, settings)
+    tokenizer = runtime.tokenizer
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        """The library, which takes its time for one text."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(runtime._lib, name)
+
+        def llama_tokenize(self, vocab: Any, data: bytes, *rest: Any) -> int:
+            if data == b"long":
+                inside.set()
+                go_on.wait()
+            return int(runtime._lib.llama_tokenize(vocab, data, *rest))
+
+    tokenizer._lib = Slow()
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(tokenizer.encode, "long", add_special=False, parse_special=False)
+        inside.wait()
+        assert tokenizer.encode("short", add_special=False, parse_special=False)
+        closing = pool.submit(tokenizer.close)
+        with pytest.raises(TimeoutError):
+            closing.result(timeout=0.05)
+        go_on.set()
+        assert long.result()
+        closing.result()
+    with pytest.raises(EngineError):
+        tokenizer.encode("late", add_special=False, parse_special=False)
+    runtime.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import threading
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from stoker import EngineError, Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from stoker_backend_gguf.native import NativeModel
 
@@ -38,8 +39,10 @@ class GgufTokenizer(Tokenizer):
     def __init__(self, model: NativeModel) -> None:
         self._lib = lib = model.lib
         self._vocab = vocab = model.vocab
-        # Held around calls into the library, so that the model is not freed under them.
-        self._lock = threading.Lock()
+        # Calls into the library, for which ``close`` waits. They do not wait for each other: a long text may
+        # take seconds, and llama.cpp's tokenizers keep no state.
+        self._calls = threading.Condition()
+        self._num_calls = 0
         self.vocab_size: int = lib.llama_vocab_n_tokens(vocab)
         self._pieces: list[bytes | None] = [None] * self.vocab_size
         ids = range(self.vocab_size)
@@ -102,17 +105,18 @@ class GgufTokenizer(Tokenizer):
 
     def close(self) -> None:
         """Let go of the model, after which ``encode`` raises ``EngineError``."""
-        with self._lock:
+        with self._calls:
             self._vocab = None
+            self._calls.wait_for(lambda: not self._num_calls)
 
     def _encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
         room = len(data) + 8  # a token has at least one byte, but for those that are added
         while True:
             tokens = (ctypes.c_int32 * room)()
-            with self._lock:
+            with self._open_vocab() as vocab:
                 count: int = self._lib.llama_tokenize(
-                    self._open_vocab(), data, len(data), tokens, room, add_special, parse_special
+                    vocab, data, len(data), tokens, room, add_special, parse_special
                 )
             if count >= 0:
                 return tokens[:count]
@@ -124,17 +128,25 @@ class GgufTokenizer(Tokenizer):
         size = _PIECE_BYTES
         while True:
             buffer = ctypes.create_string_buffer(size)
-            with self._lock:
-                length = self._lib.llama_token_to_piece(
-                    self._open_vocab(), token_id, buffer, size, 0, False
-                )
+            with self._open_vocab() as vocab:
+                length = self._lib.llama_token_to_piece(vocab, token_id, buffer, size, 0, False)
             if length >= 0:
                 break
             size = -length
         piece = self._pieces[token_id] = buffer.raw[:length]
         return piece
 
-    def _open_vocab(self) -> object:
-        if self._vocab is None:
-            raise EngineError("the model of this tokenizer is closed")
-        return self._vocab
+    @contextlib.contextmanager
+    def _open_vocab(self) -> Iterator[object]:
+        """The vocabulary, which stays until the call that needs it is over."""
+        with self._calls:
+            vocab = self._vocab
+            if vocab is None:
+                raise EngineError("the model of this tokenizer is closed")
+            self._num_calls += 1
+        try:
+            yield vocab
+        finally:
+            with self._calls:
+                self._num_calls -= 1
+                self._calls.notify_all()
