@@ -136,6 +136,7 @@ class Database:
                 raise sqlite3.DatabaseError(f"made by another version of stoker ({version})")
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute("PRAGMA synchronous = NORMAL")
+            self.connection.execute("PRAGMA secure_delete = ON")  # who deletes means it
             if not version:
                 self.connection.executescript(_SCHEMA)
             self.connection.execute("SELECT * FROM responses, items LIMIT 1").fetchone()
