@@ -193,12 +193,19 @@ def test_forms_that_are_wrong(
             b"--x\r\nContent-Disposition: form-data; name=" + b"y" * 9000,
             "invalid_multipart",
         ),
+        (
+            "multipart/form-data; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="\xff\xfe"\r\n\r\nv\r\n--x--',
+            "invalid_multipart",
+        ),
+        ("multipart/form-data; boundary=\xfc", b"--x", "invalid_content_type"),
     ],
 )
 def test_bodies_that_are_no_forms(
     files: Running, http: httpx.Client, content_type: str, body: bytes, code: str
 ) -> None:
-    response = http.post("/v1/files", content=body, headers={"content-type": content_type})
+    headers = {"content-type": content_type.encode("latin-1")}
+    response = http.post("/v1/files", content=body, headers=headers)
     assert error_of(response)[:2] == (400, code)
     assert on_disk(files) == set()
 

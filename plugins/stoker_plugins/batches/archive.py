@@ -223,7 +223,13 @@ class Archive:
         """
 
         def run() -> T:
-            return work(self._open(), *args, **kwargs)
+            try:
+                return work(self._open(), *args, **kwargs)
+            except sqlite3.Error as error:
+                logger.exception("the database of files and batches failed")
+                raise UnavailableError(
+                    f"the database of files and batches cannot be used now: {error}"
+                ) from error
 
         if self._is_closed:
             raise _closed()

@@ -179,11 +179,11 @@ class BatchRunner:
             if active.outcome is None:
                 await self._run_requests(active)
             await self._end(active)
-        except UnavailableError:
-            if not self._is_stopping:
-                raise
+        except UnavailableError as error:
+            if not self._is_stopping:  # the next sweep takes it up again
+                logger.warning("the batch %s waits: %s", active.batch.id, error)
         except Exception:
-            # Its state on disk is what it was: the next sweep, or the next start, takes it up again.
+            # Its state on disk is what it was, from which it is taken up again.
             logger.exception("the batch %s cannot go on", active.batch.id)
         finally:
             if not self._is_stopping:
