@@ -19,10 +19,11 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from stoker.errors import InvalidRequestError, ModelError
 from stoker.interfaces import Tokenizer
+from stoker.template_meter import FULL, METER, QUICK, Allowance, Meter, TemplateLimitError
+from stoker.template_sandbox import MeteredEnvironment
 
 __all__ = ["ChatTemplate", "RenderedPrompt"]
 
@@ -52,6 +53,7 @@ _PLAIN = (
 
 
 _TAIL_CHARS = 100
+_MAX_SOURCE = 1_000_000
 _RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
@@ -63,11 +65,26 @@ def _raise_exception(message: str) -> None:
     raise _TemplateRefusedError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As Hugging Face's transformers has it."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _strftime_now(pattern: str) -> str:
+    if len(pattern) > 100 or re.search(r"%[^A-Za-z%]", pattern):
+        raise ValueError("strftime_now: a short pattern without widths is expected")
     return datetime.datetime.now().astimezone().strftime(pattern)
 
 
@@ -109,20 +126,22 @@ class ChatTemplate:
     def __init__(
         self, source: str | None, tokenizer: Tokenizer, *, bos_token: str = "", eos_token: str = ""
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols"],
-        )
-        environment.filters["tojson"] = _to_json
+        environment = MeteredEnvironment()
+        environment.add_filter("tojson", _to_json)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         text = _usual_form(tokenizer) if source is None else source
+        if len(text) > _MAX_SOURCE:
+            raise ModelError(
+                f"the model's chat template has {len(text):,} characters; at most {_MAX_SOURCE:,} are read"
+            )
         try:
             self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(text))
             self._template = environment.from_string(text)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, ValueError, OverflowError) as error:
             raise ModelError(f"the model's chat template does not compile: {error}") from error
+        except (RecursionError, MemoryError) as error:
+            raise ModelError("the model's chat template is nested too deeply") from error
         self._tokenizer = tokenizer
         self._names = {"bos_token": bos_token, "eos_token": eos_token}
         special = sorted(tokenizer.special_tokens, key=len, reverse=True)
@@ -138,9 +157,11 @@ class ChatTemplate:
         """Whether a conversation may begin with a system message."""
         messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
         try:
-            self._render(messages)
+            self._render(messages, allowance=QUICK)
         except InvalidRequestError:
             return False
+        except TemplateLimitError:
+            return True
         return True
 
     def render(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> str:
@@ -164,6 +185,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        allowance: Allowance = FULL,
     ) -> RenderedPrompt:
         """The prompt that a conversation is.
 
@@ -175,10 +197,12 @@ class ChatTemplate:
             add_generation_prompt: Whether it ends with the beginning of an assistant's message.
             continue_final_message: Whether it ends within the last message, an assistant's; not with
                 ``add_generation_prompt``.
+            allowance: What the template may do: ``QUICK`` on an event loop's thread, else ``FULL``.
 
         Raises:
-            InvalidRequestError: The template refuses these messages, or fails on them, or the settings
-                contradict each other.
+            InvalidRequestError: The template refuses these messages, or fails on them, or does more than
+                any may, or the settings contradict each other.
+            TemplateLimitError: It does more than it may do quickly.
         """
         marked = self._render(
             [self._mark_message(message) for message in messages],
@@ -186,6 +210,7 @@ class ChatTemplate:
             options=self._mark_strings(options or {}),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            allowance=allowance,
         )
         return RenderedPrompt(self._encode(marked), marked[-_TAIL_CHARS:])
 
@@ -208,26 +233,49 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        allowance: Allowance = FULL,
     ) -> str:
         names = self._checked(options or {})
         if continue_final_message:
             messages = self._open_ended(messages, add_generation_prompt=add_generation_prompt)
+        names |= {
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = self._written(names, allowance)
+        return self._cut(text) if continue_final_message else text
+
+    def _written(self, names: dict[str, Any], allowance: Allowance) -> str:
+        token = None
         try:
-            text = self._template.render(
-                names,
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-            )
+            token = METER.set(Meter(allowance, [names["messages"], names["tools"]]))
+            return self._template.render(names)
+        except TemplateLimitError as error:
+            if allowance is not FULL:
+                raise
+            raise InvalidRequestError(
+                f"the model's chat template does more than a template may: {error}",
+                param="messages",
+            ) from None
+        except RecursionError:
+            raise InvalidRequestError(
+                "the model's chat template, or what it is given, is nested too deeply",
+                param="messages",
+            ) from None
         except _TemplateRefusedError as error:
             raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", param="messages"
+                f"the model's chat template refuses these messages: {str(error)[:500]}",
+                param="messages",
             ) from error
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequestError(
-                f"the model's chat template fails on these messages: {error}", param="messages"
+                f"the model's chat template fails on these messages: {str(error)[:500]}",
+                param="messages",
             ) from error
-        return self._cut(text) if continue_final_message else text
+        finally:
+            if token is not None:
+                METER.reset(token)
 
     def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All further names that the template gets.

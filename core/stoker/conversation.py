@@ -7,12 +7,13 @@ and perhaps marks around its reasoning. Here they meet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,9 +24,12 @@ from stoker.interfaces import Tool, ToolChoice, ToolFormat
 from stoker.pieces import OutputParser
 from stoker.reasoning import ReasoningMarks, ReasoningParser, is_open
 from stoker.structured import GrammarService
+from stoker.template_meter import FULL, QUICK, Allowance, TemplateLimitError
 from stoker.thoughts import AfterReasoning, ThoughtTokens
 
 __all__ = ["Conversation", "read_conversation", "render_conversation"]
+
+_T = TypeVar("_T")
 
 _OFF_THREAD_CHARS = 20_000  # what is longer is rendered and tokenized off the event loop
 _ANY_OBJECT: dict[str, Any] = {"type": "object", "additionalProperties": True}
@@ -101,9 +105,7 @@ async def read_conversation(routed: RoutedModel, call: Call) -> Conversation:
     if call.messages is None:
         grammars = () if call.grammar is None else (call.grammar,)
         return Conversation(await encode_prompt(routed, call), grammars)
-    if _size(call) < _OFF_THREAD_CHARS:
-        return _read(routed, call)
-    return await asyncio.to_thread(_read, routed, call)
+    return await _in_time(partial(_read, routed, call), _size(call))
 
 
 async def render_conversation(routed: RoutedModel, call: Call) -> str:
@@ -112,9 +114,15 @@ async def render_conversation(routed: RoutedModel, call: Call) -> str:
     Raises:
         InvalidRequestError: The model, or its template, cannot do what is asked for.
     """
-    if _size(call) < _OFF_THREAD_CHARS:
-        return _render(routed, call)
-    return await asyncio.to_thread(_render, routed, call)
+    return await _in_time(partial(_render, routed, call), _size(call))
+
+
+async def _in_time(work: Callable[[Allowance], _T], size: int) -> _T:
+    """What is quick at once, the rest without holding up the event loop."""
+    if size < _OFF_THREAD_CHARS:
+        with contextlib.suppress(TemplateLimitError):
+            return work(QUICK)
+    return await asyncio.to_thread(work, FULL)
 
 
 def _size(call: Call) -> int:
@@ -124,19 +132,19 @@ def _size(call: Call) -> int:
     )
 
 
-def _read(routed: RoutedModel, call: Call) -> Conversation:
+def _read(routed: RoutedModel, call: Call, allowance: Allowance) -> Conversation:
     tools = _told_tools(call)
     try:
-        return _read_with(routed, call, tools)
+        return _read_with(routed, call, tools, allowance)
     except RecursionError:
         raise _too_deep(tools) from None
 
 
-def _render(routed: RoutedModel, call: Call) -> str:
+def _render(routed: RoutedModel, call: Call, allowance: Allowance) -> str:
     tools = _told_tools(call)
     try:
         messages, shown_tools = _for_template(routed, call, tools)
-        return routed.template.render(messages, **_settings(call, shown_tools))
+        return routed.template.render(messages, **_settings(call, shown_tools), allowance=allowance)
     except RecursionError:
         raise _too_deep(tools) from None
 
@@ -162,16 +170,13 @@ def _settings(call: Call, shown_tools: list[dict[str, Any]] | None) -> dict[str,
     }
 
 
-def _read_with(routed: RoutedModel, call: Call, tools: Sequence[Tool]) -> Conversation:
+def _read_with(
+    routed: RoutedModel, call: Call, tools: Sequence[Tool], allowance: Allowance
+) -> Conversation:
     form, marks, special = routed.tool_format, routed.reasoning, _special_tokens(routed)
-    choice = call.tool_choice
-    if choice.mode == "required" and len(choice.names) == 1:
-        # Who names a function wants it called, once.
-        call = msgspec.structs.replace(
-            call, tool_choice=msgspec.structs.replace(choice, parallel=False)
-        )
     messages, shown_tools = _for_template(routed, call, tools)
-    prompt = routed.template.prompt(messages, **_settings(call, shown_tools))
+    settings = _settings(call, shown_tools)
+    prompt = routed.template.prompt(messages, **settings, allowance=allowance)
     continued = ""
     if call.continue_final_message and call.messages:
         continued = str(call.messages[-1].get("content") or "")
