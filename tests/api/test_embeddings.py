@@ -13,6 +13,7 @@ import numpy as np
 import openai
 import pytest
 
+from openai_schemas import check
 from stoker.keys import digest_of
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def test_each_kind_of_input(
     server: Running, client: httpx.Client, given: Any, inputs: list[list[int]]
 ) -> None:
     body = embed(client, given)
+    check("CreateEmbeddingResponse", body)
     assert (body["object"], body["model"]) == ("list", MODEL)
     assert [item["index"] for item in body["data"]] == list(range(len(inputs)))
     assert {item["object"] for item in body["data"]} == {"embedding"}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
+from openai_schemas import check
 from stoker.api.unserved import UNSERVED
 
 if TYPE_CHECKING:
@@ -177,7 +179,9 @@ def test_openais_client_does_not_try_again(server: Running) -> None:
 # --------------------------------------------------------------------------- models
 
 
-def test_models_are_as_openai_describes_them(server: Running) -> None:
+def test_models_are_as_openai_describes_them(server: Running, client: httpx.Client) -> None:
+    check("ListModelsResponse", client.get("/v1/models").json())
+    check("Model", client.get(f"/v1/models/{MODEL}").json())
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         (model,) = client.models.list().data
         assert client.models.retrieve(model.id) == model
@@ -192,6 +196,23 @@ def test_the_document_describes_these_endpoints(client: httpx.Client) -> None:
     paths = document["paths"]
     for path in ("/v1/embeddings", "/v1/rerank", "/tokenize", "/detokenize", "/apply-template"):
         assert "requestBody" in paths[path]["post"]
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/embeddings", {"input": "a"}),
+        ("/v1/embeddings", {"input": ["a"], "encoding_format": "base64"}),
+        ("/v1/embeddings", {}),
+        ("/v1/rerank", {"query": "a", "documents": ["b"]}),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "return_documents": False}),
+        ("/tokenize", {"content": "é", "with_pieces": True, "return_token_strs": True}),
+        ("/detokenize", {"tokens": [1]}),
+        ("/detokenize", {"tokens": [1000]}),
+        ("/apply-template", {"messages": MESSAGES}),
+    ]
+    for path, body in bodies:
+        response = client.post(path, json=body)
+        responses = paths[path]["post"]["responses"]
+        described = responses.get(str(response.status_code), responses["default"])
+        schema = described["content"]["application/json"]["schema"]
+        jsonschema.validate(response.json(), {**schema, "components": document["components"]})
     assert not any(path.startswith(f"/v1/{name}") for name in UNSERVED for path in paths)
     for name in ("EmbeddingRequest", "EmbeddingList", "Rerank", "Tokenization"):
         assert name in document["components"]["schemas"]
