@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from openai_schemas import check
-from responses_http import PATH, create, refused, stream, text_of
+from responses_http import PATH, create, decoded, refused, stream, text_of
+from stoker.api.request_schemas import ChatMessage
+from stoker.api.responses.items import Turn
+from stoker.api.responses.truncation import fitting
 
 if TYPE_CHECKING:
     from conftest import Running
@@ -504,3 +509,46 @@ def test_what_fails_after_its_beginning_is_an_event(start_server: Callable[..., 
         server.runtime.before_step = None
         create(client)
     server.wait_until_idle()
+
+
+def test_an_error_after_a_comment_still_has_a_beginning(
+    start_server: Callable[..., Running],
+) -> None:
+    server = start_server(server={"keep_alive_s": 0.05})
+
+    def fail(_: Any) -> None:
+        time.sleep(0.3)
+        raise RuntimeError("the device is gone")
+
+    server.runtime.before_step = fail
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        answer = client.post(PATH, json={"input": "hi", "stream": True})
+        assert answer.text.startswith(": keep-alive")
+        assert [event["type"] for event in decoded(answer.text)] == [
+            "response.created", "response.in_progress", "response.failed",
+        ]  # fmt: skip
+    server.runtime.before_step = None
+
+
+def test_items_that_are_sent_again_are_listed_once(client: httpx.Client) -> None:
+    first = create(client, input="one")
+    again = [first["output"][0], {"role": "user", "content": "two"}]
+    second = create(client, input=again, previous_response_id=first["id"])
+    listed = client.get(f"{PATH}/{second['id']}/input_items").json()["data"]
+    assert [item["role"] for item in listed] == ["user", "assistant", "user"]
+
+
+def test_enormous_histories_are_cut_without_counting_all_of_them() -> None:
+    turns = [
+        Turn(ChatMessage(role="user", content=f"{number}" + "x" * 10_000), f"input.{number}")
+        for number in range(100)
+    ]
+    counted: list[int] = []
+
+    async def count(some: Sequence[Turn]) -> int:
+        counted.append(len(some))
+        return sum(len(str(turn.message.content)) for turn in some)
+
+    left = asyncio.run(fitting(turns, count, 300))
+    assert [turn.origin for turn in left] == ["input.99"]
+    assert max(counted) <= 8

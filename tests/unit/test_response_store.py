@@ -12,7 +12,9 @@ import pytest
 
 from stoker.api.responses import database as database_module
 from stoker.api.responses.answer_schemas import MessageItem, MessagePart, ResponseObject
-from stoker.api.responses.store import KeptResponse, ResponseStore
+from stoker.api.responses.owners import is_alive, this_process
+from stoker.api.responses.records import KeptResponse
+from stoker.api.responses.store import ResponseStore
 from stoker.config import ResponsesConfig
 from stoker.errors import InvalidRequestError, RequestNotFoundError
 
@@ -235,7 +237,7 @@ async def test_what_ran_when_a_server_was_killed_has_failed(
     # Another server of the same file leaves it alone while the first one lives,
     assert (await open_store().get("r1", "ann")).response.status == "in_progress"
     await store.close()
-    monkeypatch.setattr(database_module, "_is_alive", lambda owner: False)
+    monkeypatch.setattr(database_module, "is_alive", lambda owner: False)
     # and a later one knows that nobody will ever end it.
     later = open_store()
     failed = (await later.get("r1", "ann")).response
@@ -247,9 +249,9 @@ async def test_what_ran_when_a_server_was_killed_has_failed(
 
 
 def test_a_process_is_known_by_more_than_its_number() -> None:
-    me = database_module.this_process()
-    assert database_module._is_alive(me)
+    me = this_process()
+    assert is_alive(me)
     number = me.partition(":")[0]
-    assert not database_module._is_alive(f"{number}:1.00")
-    assert not database_module._is_alive("nonsense")
+    assert not is_alive(f"{number}:1.00")
+    assert not is_alive("nonsense")
     assert msgspec.json.decode(msgspec.json.encode(me)) == me

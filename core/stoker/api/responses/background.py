@@ -13,7 +13,8 @@ from stoker.api.connection import break_off
 from stoker.api.responses.answer_schemas import Item
 from stoker.api.responses.builder import ResponseBuilder
 from stoker.api.responses.form import drive
-from stoker.api.responses.store import KeptResponse, ResponseStore
+from stoker.api.responses.records import KeptResponse
+from stoker.api.responses.store import ResponseStore
 from stoker.api.run import Run
 from stoker.api.streaming import wait_until_gone
 from stoker.errors import RateLimitError, RequestCancelledError, UnavailableError

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
-__all__ = ["Database", "StoredResponse", "this_process"]
+from stoker.api.responses.owners import is_alive
+
+__all__ = ["Database", "StoredResponse"]
 
 logger = logging.getLogger("stoker.responses")
 
@@ -93,20 +94,6 @@ class StoredResponse(msgspec.Struct, kw_only=True):
         return texts + _ROW_BYTES
 
 
-def this_process() -> str:
-    """What tells this process from others, also later ones of the same number."""
-    process = psutil.Process()
-    return f"{process.pid}:{process.create_time():.2f}"
-
-
-def _is_alive(owner: str) -> bool:
-    pid, _, created = owner.partition(":")
-    try:
-        return abs(psutil.Process(int(pid)).create_time() - float(created)) < 1.0
-    except (psutil.Error, ValueError):
-        return False
-
-
 class Database:
     """The tables.
 
@@ -177,7 +164,7 @@ class Database:
                 ),
             )
             self.connection.executemany(
-                "INSERT OR REPLACE INTO items (tenant, id, response) VALUES (?, ?, ?)",
+                "INSERT OR IGNORE INTO items (tenant, id, response) VALUES (?, ?, ?)",
                 [(stored.tenant, item_id, stored.id) for item_id in item_ids],
             )
             self._make_room(stored.id)
@@ -234,7 +221,7 @@ class Database:
         rows = self.connection.execute(
             f"SELECT {_COLUMNS} FROM responses WHERE owner IS NOT NULL"  # noqa: S608
         ).fetchall()
-        alive = {owner: _is_alive(owner) for owner in {row[3] for row in rows}}
+        alive = {owner: is_alive(owner) for owner in {row[3] for row in rows}}
         return [_stored(row) for row in rows if not alive[row[3]]]
 
     # ------------------------------------------------------------------ room

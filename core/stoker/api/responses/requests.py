@@ -12,8 +12,9 @@ from stoker.api.incoming import (
 )
 from stoker.api.responses.answer_schemas import FunctionCallItem, Item
 from stoker.api.responses.items import Turn, read_input, to_messages
+from stoker.api.responses.records import KeptResponse
 from stoker.api.responses.request_schemas import InputItem, InputTokensRequest, ResponseRequest
-from stoker.api.responses.store import KeptResponse, ResponseStore
+from stoker.api.responses.store import ResponseStore
 from stoker.api.responses.translation import in_own_words, to_call
 from stoker.api.responses.truncation import fitting
 from stoker.config import Config

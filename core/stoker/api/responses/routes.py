@@ -1,7 +1,5 @@
 """``/v1/responses``: create, retrieve, follow, cancel, delete, list what went in, count its tokens."""
 
-import asyncio
-
 import msgspec
 from litestar import delete, get, post
 from litestar.handlers import HTTPRouteHandler
@@ -9,7 +7,6 @@ from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
-from stoker.api.answering import answer, begin
 from stoker.api.body import BodyDecoder, read_json_body
 from stoker.api.incoming import AnyRequest, current_tenant
 from stoker.api.openapi import generation_operation, json_operation
@@ -17,11 +14,9 @@ from stoker.api.responses.answer_schemas import (
     DeletedResponse,
     InputTokens,
     ItemList,
-    ResponseObject,
 )
-from stoker.api.responses.background import BackgroundJob, BackgroundJobs, JobStream
-from stoker.api.responses.builder import ResponseBuilder
-from stoker.api.responses.form import ResponseForm, new_response
+from stoker.api.responses.background import BackgroundJobs
+from stoker.api.responses.creation import Creator, job_stream, json_answer
 from stoker.api.responses.operations import (
     INPUT_ITEMS,
     RETRIEVAL,
@@ -30,11 +25,11 @@ from stoker.api.responses.operations import (
     query_int,
     query_text,
 )
-from stoker.api.responses.parameters import check_fields, check_include, check_token_fields
+from stoker.api.responses.parameters import check_token_fields
 from stoker.api.responses.request_schemas import InputTokensRequest, ResponseRequest
-from stoker.api.responses.requests import Prepared, Preparer, all_items
-from stoker.api.responses.store import KeptResponse, ResponseStore
-from stoker.api.responses.translation import check_options, in_own_words, wants_logprobs
+from stoker.api.responses.requests import Preparer, all_items
+from stoker.api.responses.store import ResponseStore
+from stoker.api.responses.translation import in_own_words
 from stoker.config import Config
 from stoker.errors import InvalidRequestError, RequestNotFoundError
 from stoker.router import Router, add_warning
@@ -67,85 +62,12 @@ class Responses:
         self._store = ResponseStore(config.responses)
         self._jobs = BackgroundJobs(self._store, config.responses.max_background)
         self._preparer = Preparer(config, router, self._store)
+        self._creator = Creator(config, router, self._store, self._jobs, self._preparer)
 
     async def close(self) -> None:
         """End what runs in the background, and write what has to be kept."""
         await self._jobs.close()
         await self._store.close()
-
-    # ------------------------------------------------------------------ create
-
-    async def create(self, request: AnyRequest) -> ASGIApp:
-        """Answer a request for a response."""
-        strict = self._config.server.strict
-        body, raw = _decoder.decode(
-            await read_json_body(request, self._config.server.max_body_bytes)
-        )
-        headers = check_fields(raw, strict=strict)
-        check_include(body.include, headers, strict=strict)
-        check_options(body)
-        prepared = await self._preparer.prepare(request, body)
-        if prepared.warning:
-            add_warning(headers, prepared.warning)
-        store = self._stores(body, headers)
-        response = new_response(body, prepared.call, prepared.call.model, store=store)
-        builder = ResponseBuilder(response, with_logprobs=wants_logprobs(body))
-        with in_own_words(prepared.turns, has_instructions=bool(body.instructions)):
-            if body.background:
-                return await self._start(request, body, prepared, builder, headers)
-            tenant = current_tenant()
-
-            def keep(whole: ResponseObject) -> asyncio.Future[str] | None:
-                if not store:
-                    return None
-                return self._store.put(KeptResponse(response=whole, input=prepared.items), tenant)
-
-            form = ResponseForm(builder, stream=bool(body.stream), keep=keep)
-            return await answer(request, self._config, self._router, [prepared.call], headers, form)
-
-    def _stores(self, body: ResponseRequest, headers: dict[str, str]) -> bool:
-        """Whether the response is stored, and a warning if it is not although that was asked for."""
-        if body.store is False:
-            return False
-        limits = self._config.responses
-        if self._store.is_on and (limits.max_background or not body.background):
-            return True
-        if body.background:
-            name = "max_background" if self._store.is_on else "max_responses"
-            raise InvalidRequestError(
-                f"'background' is not possible here: responses.{name} is 0",
-                param="background",
-                code="unsupported_parameter",
-            )
-        if body.store:
-            add_warning(headers, "store ignored: this server stores no responses")
-        return False
-
-    async def _start(
-        self,
-        request: AnyRequest,
-        body: ResponseRequest,
-        prepared: Prepared,
-        builder: ResponseBuilder,
-        headers: dict[str, str],
-    ) -> ASGIApp:
-        tenant = current_tenant()
-        self._jobs.check_room(tenant)
-        run = await begin(request, self._router, [prepared.call])
-        builder.response.model = run.model
-        job = BackgroundJob(tenant, builder, prepared.items, with_events=bool(body.stream))
-        try:
-            queued = _encode(builder.response)
-            await self._jobs.start(job, run)
-        except BaseException as error:
-            run.close(error)
-            raise
-        headers = {**run.headers, **headers}
-        return self._stream(job, 0, headers) if body.stream else _json(queued, headers)
-
-    def _stream(self, job: BackgroundJob, start: int, headers: dict[str, str]) -> ASGIApp:
-        server = self._config.server
-        return JobStream(job.follow(start), server.keep_alive_s, server.reader_timeout_s, headers)
 
     # ------------------------------------------------------------------ what there is
 
@@ -164,16 +86,16 @@ class Responses:
         if job is None:
             kept = await self._store.get(response_id, tenant)
             if not stream:
-                return _json(_encode(kept.response))
+                return json_answer(_encode(kept.response))
             if kept.events is None:
                 raise _cannot_follow()
             return _events(kept.events, start)
         if stream:
             if not job.with_events:
                 raise _cannot_follow()
-            return self._stream(job, start, {})
+            return job_stream(job, start, self._config, {})
         job.builder.settle()
-        return _json(_encode(job.builder.response))
+        return json_answer(_encode(job.builder.response))
 
     async def cancel(self, response_id: str) -> ASGIApp:
         """End a response that runs in the background; one that is over stays what it is."""
@@ -181,7 +103,7 @@ class Responses:
         job = self._jobs.find(response_id, tenant)
         if job is not None:
             await self._jobs.cancel(job)
-            return _json(_encode(job.builder.response))
+            return json_answer(_encode(job.builder.response))
         kept = await self._store.get(response_id, tenant)
         if not kept.response.background:
             raise InvalidRequestError(
@@ -189,7 +111,7 @@ class Responses:
                 param="response_id",
                 code="invalid_value",
             )
-        return _json(_encode(kept.response))
+        return json_answer(_encode(kept.response))
 
     async def remove(self, response_id: str) -> ASGIApp:
         """Forget a response; one that runs is ended."""
@@ -204,7 +126,7 @@ class Responses:
                 param="response_id",
                 code="response_not_found",
             )
-        return _json(_encode(DeletedResponse(id=response_id)))
+        return json_answer(_encode(DeletedResponse(id=response_id)))
 
     async def input_items(self, request: AnyRequest, response_id: str) -> ASGIApp:
         """What a response was made from."""
@@ -220,6 +142,7 @@ class Responses:
         previous = kept.response.previous_response_id
         if previous is not None:
             items = all_items(await self._store.history(previous, tenant)) + items
+        items = list({item.id: item for item in items}.values())  # some clients send all again
         if order == "desc":
             items.reverse()
         after = query_text(request, "after")
@@ -239,7 +162,7 @@ class Responses:
             last_id=page[-1].id if page else "",
             has_more=len(items) > limit,
         )
-        return _json(_encode(listed))
+        return json_answer(_encode(listed))
 
     async def count_tokens(self, request: AnyRequest) -> ASGIApp:
         """How many tokens a response's prompt would have."""
@@ -252,7 +175,7 @@ class Responses:
             counted = InputTokens(input_tokens=await self._preparer.count(prepared.call))
         if prepared.warning:
             add_warning(headers, prepared.warning)
-        return _json(_encode(counted), headers)
+        return json_answer(_encode(counted), headers)
 
     # ------------------------------------------------------------------ handlers
 
@@ -268,7 +191,7 @@ class Responses:
             operation_class=generation_operation("ResponseRequest", "ResponseObject"),
         )
         async def create_response(request: AnyRequest) -> ASGIApp:
-            return await self.create(request)
+            return await self._creator.create(request)
 
         @get(
             _ONE,
@@ -349,7 +272,3 @@ def _events(events: bytes, start: int) -> ASGIApp:
         media_type="text/event-stream",
         headers={"cache-control": "no-cache"},
     )
-
-
-def _json(body: bytes, headers: dict[str, str] | None = None) -> ASGIApp:
-    return ASGIResponse(body=body, media_type="application/json", headers=headers)

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from stoker.api.responses.answer_schemas import FailureDetails, Item, ResponseObject
+from stoker.api.responses.answer_schemas import FailureDetails, Item
 from stoker.api.responses.builder import now
-from stoker.api.responses.database import Database, StoredResponse, this_process
+from stoker.api.responses.database import Database, StoredResponse
+from stoker.api.responses.owners import this_process
+from stoker.api.responses.records import KeptResponse, from_stored, to_stored
 from stoker.errors import InvalidRequestError, RequestNotFoundError, UnavailableError
 from stoker.profiles import data_folder
 
 if TYPE_CHECKING:
     from stoker.config import ResponsesConfig
 
-__all__ = ["KeptResponse", "ResponseStore"]
+__all__ = ["ResponseStore"]
 
 logger = logging.getLogger("stoker.responses")
 
@@ -31,24 +33,6 @@ _MAX_CHAIN = 1000
 _MAX_CHAIN_BYTES = 16 * 2**20
 _MAX_WAITING = 1000  # writes; a disk that hangs must not fill the memory
 _LOST = "the server stopped while this response was being generated; ask for it again"
-
-_encode = msgspec.json.Encoder().encode
-_head_decoder = msgspec.json.Decoder(ResponseObject)
-_items_decoder = msgspec.json.Decoder(list[Item])
-
-
-class KeptResponse(msgspec.Struct, kw_only=True):
-    """A response that is kept.
-
-    Attributes:
-        response: The response.
-        input: Its own input's items.
-        events: Its events, one after the other, if they can be asked for.
-    """
-
-    response: ResponseObject
-    input: list[Item]
-    events: bytes | None = None
 
 
 class ResponseStore:
@@ -95,18 +79,8 @@ class ResponseStore:
             full: asyncio.Future[str] = loop.create_future()
             full.set_result("the disk is too slow")
             return full
-        response = kept.response
-        stored = StoredResponse(
-            id=response.id,
-            tenant=tenant,
-            previous=response.previous_response_id,
-            owner=self._owner if is_running else None,
-            head=_encode(msgspec.structs.replace(response, output=[])),
-            input=_encode(kept.input),
-            output=_encode(response.output),
-            events=kept.events,
-        )
-        item_ids = [item.id for item in (*kept.input, *response.output)]
+        stored = to_stored(kept, tenant, self._owner if is_running else None)
+        item_ids = [item.id for item in (*kept.input, *kept.response.output)]
         self._num_waiting += 1
         written = self._executor.submit(self._put, stored, item_ids)
         written.add_done_callback(self._count)
@@ -142,7 +116,7 @@ class ResponseStore:
         def read(database: Database) -> tuple[int, list[KeptResponse]]:
             chain = database.chain(response_id, tenant, _MAX_CHAIN, _MAX_CHAIN_BYTES)
             size = sum(len(stored.input) + len(stored.output) for stored in chain)
-            return size, [_kept(stored) for stored in chain]
+            return size, [from_stored(stored) for stored in chain]
 
         size, chain = await self._ask(read)
         previous = chain[0].response.previous_response_id if chain else response_id
@@ -285,12 +259,12 @@ class ResponseStore:
 
     @staticmethod
     def _fail(database: Database, stored: StoredResponse) -> None:
-        response = _kept(stored).response
-        response.status = "failed"
-        response.error = FailureDetails(code="server_error", message=_LOST)
-        head = _encode(msgspec.structs.replace(response, output=[]))
-        ids = [item.id for item in (*_items_decoder.decode(stored.input), *response.output)]
-        database.put(msgspec.structs.replace(stored, head=head, owner=None, events=None), ids)
+        kept = from_stored(stored)
+        kept.response.status = "failed"
+        kept.response.error = FailureDetails(code="server_error", message=_LOST)
+        kept.events = None
+        ids = [item.id for item in (*kept.input, *kept.response.output)]
+        database.put(to_stored(kept, stored.tenant), ids)
 
     def _close(self) -> None:
         database, self._database = self._database, None
@@ -299,12 +273,4 @@ class ResponseStore:
 
 
 def _read(stored: StoredResponse | None) -> KeptResponse | None:
-    return None if stored is None else _kept(stored)
-
-
-def _kept(stored: StoredResponse) -> KeptResponse:
-    response = _head_decoder.decode(stored.head)
-    response.output = _items_decoder.decode(stored.output)
-    return KeptResponse(
-        response=response, input=_items_decoder.decode(stored.input), events=stored.events
-    )
+    return None if stored is None else from_stored(stored)
