@@ -85,6 +85,7 @@ def test_entry_modules_are_light(module: str) -> None:
     assert not loaded & heavy
 
 
+@pytest.mark.slow
 def test_the_core_imports_without_any_plugin_or_heavy_library() -> None:
     absent = ("torch", "llama_cpp", "stoker_plugins", "stoker_backend_gguf")
     block = f"import sys\nfor m in {absent}: sys.modules[m] = None\n"

@@ -278,6 +278,7 @@ def test_nobody_sees_or_cancels_what_another_tenant_has(running: Running, office
     assert office.wait(batch).status == "completed"
 
 
+@pytest.mark.slow
 def test_what_a_limit_refuses_for_now_is_asked_for_again(running: Running) -> None:
     office = Office(running, "sk-of-narrow")  # one request at once
     done = office.wait(office.submit(line(i) for i in range(6)))
@@ -345,6 +346,7 @@ def test_what_is_over_cannot_be_cancelled(slow: Running) -> None:
     assert caught.value.code == "batch_not_cancellable"
 
 
+@pytest.mark.slow
 def test_what_is_not_done_in_time_expires(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_routes, "_WINDOW_S", 2)
     office = Office(slow)
@@ -356,6 +358,7 @@ def test_what_is_not_done_in_time_expires(slow: Running, monkeypatch: pytest.Mon
     slow.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_requests_of_a_batch_make_way_for_others_and_are_run_again(slow: Running) -> None:
     office = Office(slow)
     batch = office.submit(line(i, max_tokens=300) for i in range(10))

@@ -240,6 +240,7 @@ async def test_a_client_that_goes_away_is_not_embedded_for(
     server.check_still_serves()
 
 
+@pytest.mark.slow
 async def test_it_can_be_cancelled_and_times_out(start_server: Callable[..., Running]) -> None:
     server = start_server({"token_s": 0.001})
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
@@ -259,6 +260,7 @@ async def test_it_can_be_cancelled_and_times_out(start_server: Callable[..., Run
     server.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_the_queue_is_bounded(start_server: Callable[..., Running]) -> None:
     server = start_server(
         {"token_s": 0.0001}, admission={"max_queue_tokens": 20_000, "max_queue_requests": 3}
@@ -274,6 +276,7 @@ def test_the_queue_is_bounded(start_server: Callable[..., Running]) -> None:
     server.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_a_failing_input_hurts_nobody_else(start_server: Callable[..., Running]) -> None:
     server = start_server({"step_s": 0.002})
 

@@ -67,6 +67,7 @@ def test_stream_of_several_prompts_is_aborted(slow_server: Running) -> None:
     slow_server.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_reader_that_stops_reading_holds_up_nobody(server: Running) -> None:
     body = {**LONG, "prompt": ["x"] * 8, "n": 8, "max_tokens": 900, "stream": True}
     connection = post_raw(server.port, body)  # megabytes, and nobody takes them

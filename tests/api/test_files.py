@@ -279,6 +279,7 @@ def test_nobody_sees_what_another_tenant_has(files: Running, http: httpx.Client)
     assert http.get(f"/v1/files/{made}").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_strict_server_refuses_what_it_does_not_know(
     start_server: Callable[..., Running], tmp_path: Path
 ) -> None:
@@ -290,6 +291,7 @@ def test_a_strict_server_refuses_what_it_does_not_know(
     assert error_of(httpx.get(f"{server.url}/v1/files?a=b"))[2] == "a"
 
 
+@pytest.mark.slow
 def test_two_servers_do_not_share_a_directory(
     start_server: Callable[..., Running], tmp_path: Path
 ) -> None:

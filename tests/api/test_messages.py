@@ -335,6 +335,7 @@ def test_pages_of_models(start_server: Any) -> None:
                 official.models.list(**query)
 
 
+@pytest.mark.slow
 def test_pings_in_pauses(start_server: Any) -> None:
     server = start_server({"step_s": 0.3}, server={"keep_alive_s": 0.05})
     body = BODY | {"max_tokens": 3, "stream": True}

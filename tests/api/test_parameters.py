@@ -318,6 +318,7 @@ def test_bad_shapes_are_named(client: httpx.Client, shape: dict[str, Any], param
 # --------------------------------------------------------------------------- waiting
 
 
+@pytest.mark.slow
 def test_a_silent_stream_is_kept_alive(start_server: Callable[..., Running]) -> None:
     server = start_server({"step_s": 0.4}, server={"keep_alive_s": 0.1})
     body = {"prompt": "hi", "max_tokens": 2, "temperature": 0, "stream": True}

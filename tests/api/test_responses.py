@@ -263,6 +263,7 @@ def test_stored_items_can_be_referred_to(client: httpx.Client) -> None:
     assert (error["param"], error["code"]) == ("input.0.id", "item_not_found")
 
 
+@pytest.mark.slow
 def test_a_call_that_was_cut_off_is_no_part_of_what_follows(client: httpx.Client) -> None:
     body = {"tools": [TOOL], "tool_choice": {"type": "function", "name": "pick"}}
     whole = create(client, **body, max_output_tokens=200)
@@ -511,6 +512,7 @@ def test_what_fails_after_its_beginning_is_an_event(start_server: Callable[..., 
     server.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_an_error_after_a_comment_still_has_a_beginning(
     start_server: Callable[..., Running],
 ) -> None:

@@ -76,6 +76,7 @@ def test_it_can_be_switched_off(start_server: Callable[..., Running]) -> None:
     assert trace["draft_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_a_draft_model_guesses_for_its_model(start_server: Callable[..., Running]) -> None:
     models = model(draft_model="scripted:small")
     server = start_server(models=models, speculation={**ALWAYS, "method": "none"})

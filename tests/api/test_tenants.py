@@ -168,6 +168,7 @@ async def test_websockets_are_refused_as_well(wary: Running) -> None:
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
+@pytest.mark.slow
 def test_new_keys_and_tenants_are_taken_while_it_serves(
     start_server: Callable[..., Running],
 ) -> None:

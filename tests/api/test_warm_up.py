@@ -62,6 +62,7 @@ def test_prompts_of_a_file_are_found_by_the_first_who_asks(
     assert cached == [len("Once upon a time there was a") + 1, 0]
 
 
+@pytest.mark.slow
 def test_a_pinned_prompt_stays_when_all_else_goes(start_server: Callable[..., Running]) -> None:
     server = start_server(cache={"pin": [SYSTEM], "max_tokens": 400})
     wait_until_warm(server)

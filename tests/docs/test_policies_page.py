@@ -66,6 +66,7 @@ def test_the_pictures_are_what_the_script_draws(name: str) -> None:
     assert f"![{name}](pictures/{file.name})" in section(name)
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_script_computes() -> None:
     shown = re.search(r"<!-- table: \S+ -->\n(.*?)<!-- end of table -->", PAGE, re.DOTALL)
     assert shown is not None

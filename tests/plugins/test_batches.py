@@ -455,6 +455,7 @@ async def test_what_expires_is_deleted_and_what_was_left_half_done_too(tmp_path:
     assert (tmp_path / "files" / "file-new").exists()
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 300)), max_size=20), st.data())
 def test_whatever_a_crash_cuts_off_the_whole_lines_before_it_count(

@@ -140,6 +140,7 @@ def test_other_objectives_are_refused(text: str) -> None:
         Objectives.parse(text)
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.floats(0.001, 10), min_size=1, max_size=20), min_size=1, max_size=10))
 def test_percentiles_agree_with_numpys(gaps: list[list[float]]) -> None:
     answers = [answer(np.cumsum(each).tolist()) for each in gaps]

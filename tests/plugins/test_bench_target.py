@@ -403,6 +403,7 @@ def test_every_request_is_sent_once_and_no_more_at_once_than_clients(
     assert fake.active[1] <= clients
 
 
+@pytest.mark.slow
 async def test_an_open_loop_waits_for_nobody_but_its_bound() -> None:
     fake = Fake()
     fake.delay_s = 0.1

@@ -49,6 +49,7 @@ def entries(draw: st.DrawFn) -> list[CacheEntry]:
     return [entry(i, *fact) for i, fact in enumerate(draw(st.lists(facts, max_size=12)))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
 @given(made=entries(), seed=st.integers(0, 99))
 def test_an_order_is_a_permutation_and_depends_on_the_entries_alone(
@@ -60,6 +61,7 @@ def test_an_order_is_a_permutation_and_depends_on_the_entries_alone(
     assert list(strategy.order(shuffled, NOW_S)) == list(order)
 
 
+@pytest.mark.slow
 @given(made=entries())
 def test_lru_and_fifo_go_by_their_times(made: list[CacheEntry]) -> None:
     used = [e.last_used_s for e in LeastRecentlyUsed().order(made, NOW_S)]
@@ -68,6 +70,7 @@ def test_lru_and_fifo_go_by_their_times(made: list[CacheEntry]) -> None:
     assert created == sorted(created)
 
 
+@pytest.mark.slow
 @given(made=entries())
 def test_lfu_without_ageing_goes_by_hits_and_with_it_by_hits_and_rest(
     made: list[CacheEntry],

@@ -83,6 +83,7 @@ def check(submitted: Submitted, schema: Any = PERSON) -> None:
             assert end.finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
 def test_noise_under_a_schema_is_valid(compiler: LlguidanceCompiler, temperature: float) -> None:
     harness = make()

@@ -355,6 +355,7 @@ async def test_a_place_is_free_again_when_a_limit_refuses() -> None:
     await middleware.on_request(ask())
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_places_and_charges_add_up_whatever_happens(chance: random.Random) -> None:
@@ -406,6 +407,7 @@ def test_places_and_charges_add_up_whatever_happens(chance: random.Random) -> No
 # --------------------------------------------------------------------------- arithmetic
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.integers(1, 10**6),

@@ -251,6 +251,7 @@ def test_what_can_never_fit_evicts_nobody() -> None:
     assert store.get(b"b") is None
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     eviction=st.sampled_from(["lru", "lfu", "fifo"]),
@@ -289,6 +290,7 @@ def test_the_bounds_always_hold(
     assert (len(store), store.size_bytes) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "fifo"])
 @pytest.mark.parametrize("length", [0, 100, 2000])
 def test_it_takes_no_more_memory_than_it_says(eviction: Any, length: int) -> None:

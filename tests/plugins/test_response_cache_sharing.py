@@ -449,6 +449,7 @@ async def test_a_slow_leader_does_not_hold_up_its_follower() -> None:
     await rig.stop()
 
 
+@pytest.mark.slow
 async def test_readers_of_whom_none_reads_are_paused_and_dropped_like_a_single_one() -> None:
     rig = Rig(max_unread=15, reader_timeout_s=0.3)
     started = [await rig.start(max_tokens=300) for _ in range(3)]

@@ -60,6 +60,7 @@ def table() -> str:
     return "\n".join([*lines, "", "Refused, with what the answer says:", "", *refused])
 
 
+@pytest.mark.slow
 def test_coverage_is_what_the_page_says() -> None:
     assert len(SCHEMAS) == 236
     found = [compiled(entry) for entry in SCHEMAS]

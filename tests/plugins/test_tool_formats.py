@@ -287,6 +287,7 @@ def test_other_ways_to_write_a_call(case: str, text: str, expected: list[Any]) -
     assert text_of(pieces) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IDS)
 @settings(max_examples=60)
 @given(

@@ -215,6 +215,7 @@ PARTS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.lists(PARTS, max_size=10), places, st.booleans())
 def test_pieces_are_the_same_however_the_text_was_cut(

@@ -105,6 +105,7 @@ def test_a_load_runs_and_gives_figures(host: State, load: str) -> None:
     assert 0 < figures.ttft_s <= figures.seconds
 
 
+@pytest.mark.slow
 def test_a_load_in_company_is_given_up_in_time(host: State) -> None:
     sections = {"scripted": {"step_s": 0.01}}
     answer = work(host, job(sections=sections, runs=("beside",), limit_s=0.8, scale=1.0))

@@ -228,6 +228,7 @@ def test_two_that_want_one_lane_cannot_take_it_from_each_other_for_ever() -> Non
     assert steps < 200
 
 
+@pytest.mark.slow
 def test_a_policy_sees_a_bounded_part_of_the_queue_in_which_every_tenant_appears() -> None:
     seen: list[PolicyContext] = []
 

@@ -188,6 +188,7 @@ class World:
                 assert whole == text or (end.finish_reason == "abort" and whole.startswith(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "whole_tail"), [(1, False), (8, False), (8, True)])
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=25, deadline=None)

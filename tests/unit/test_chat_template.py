@@ -43,6 +43,7 @@ def test_control_tokens_in_user_text_stay_text() -> None:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.lists(st.sampled_from([*SPECIAL, "<|", "|>", "<", "en", "d", " ", "\u00e9"]), max_size=12)

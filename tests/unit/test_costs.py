@@ -47,6 +47,7 @@ def test_one_slow_step_does_not_upset_it() -> None:
     assert model.cost.step_s(0, 8) < 0.1
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, 4096), st.integers(0, 256), st.floats(0, 100)), min_size=1)

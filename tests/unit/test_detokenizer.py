@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ def cut(draw: st.DrawFn, data: bytes) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.data(), st.text(max_size=30))
 def test_text_comes_out_whole_however_it_is_cut(data: st.DataObject, text: str) -> None:
@@ -37,6 +39,7 @@ def test_text_comes_out_whole_however_it_is_cut(data: st.DataObject, text: str) 
     assert "\ufffd" not in "".join(deltas) or "\ufffd" in text
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.data(), st.binary(max_size=30))
 def test_any_bytes_at_all_decode_as_python_does(data: st.DataObject, raw: bytes) -> None:
@@ -44,6 +47,7 @@ def test_any_bytes_at_all_decode_as_python_does(data: st.DataObject, raw: bytes)
     assert "".join(deltas) == raw.decode("utf-8", "replace")
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(
     st.data(),
@@ -112,6 +116,7 @@ def complete(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
 
 
+@pytest.mark.slow
 @settings(max_examples=800)
 @given(st.lists(likely_tokens, max_size=40))
 def test_any_tokens_give_the_text_of_their_bytes_as_soon_as_it_is_certain(
@@ -127,6 +132,7 @@ def test_any_tokens_give_the_text_of_their_bytes_as_soon_as_it_is_certain(
     assert text + detokenizer.finish() == raw.decode("utf-8", "replace")
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.text(max_size=30), st.data())
 def test_valid_text_never_has_a_replacement_before_its_end(text: str, data: st.DataObject) -> None:
@@ -153,6 +159,7 @@ def expected(text: str, stop: list[str]) -> tuple[int, int] | None:
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(
     st.data(),
@@ -180,6 +187,7 @@ def test_which_stop_string_ends_the_output_does_not_depend_on_tokens(
     assert detokenizer.stop_string == text[start:end]
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(
     st.text("ab\u00e9", max_size=20),

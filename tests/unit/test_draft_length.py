@@ -70,6 +70,7 @@ def test_a_slow_draft_model_drafts_less() -> None:
     assert quick[0] > slow[0] > too_slow[0] == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     rates=st.lists(st.floats(0, 0.99), min_size=1, max_size=3),

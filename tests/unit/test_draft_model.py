@@ -113,6 +113,7 @@ def test_it_catches_up_on_a_long_prompt_in_pieces() -> None:
     assert drafted([request])[1] > 30
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_any_life_has_the_same_text_and_the_lanes_follow(seed: int) -> None:

@@ -71,6 +71,7 @@ def test_sequences_of_one_request_are_independent_streams() -> None:
     assert len(request.records) == 3
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     lanes=st.integers(1, 5),

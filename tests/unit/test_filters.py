@@ -81,6 +81,7 @@ def reach(tokens: list[int], breakers: list[bytes]) -> int:
 # --------------------------------------------------------------------------- typical and XTC
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 700), mass=st.floats(0.01, 0.999))
 def test_typical_keeps_the_least_surprising_about_the_mean(

@@ -234,6 +234,7 @@ snapshots = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(snapshots, st.integers(1, 4000), st.none() | st.integers(1, 10**6))
 def test_every_answer_is_a_number_that_grows_with_the_position(

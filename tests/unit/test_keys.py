@@ -60,6 +60,7 @@ def test_only_its_owner_may_read_it_and_nothing_is_left_beside(file: Path) -> No
     assert list(file.parent.iterdir()) == [file]
 
 
+@pytest.mark.slow
 @given(label=st.text(max_size=100).filter(str.isprintable))
 def test_any_printable_label_survives(tmp_path_factory: pytest.TempPathFactory, label: str) -> None:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"

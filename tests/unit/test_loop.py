@@ -245,6 +245,7 @@ async def test_stopping_the_loop_ends_requests_with_an_error() -> None:
     await eventually(lambda: fleet.router.num_active == 0)
 
 
+@pytest.mark.slow
 async def test_the_heart_beats_when_idle_and_health_tells_when_it_does_not(fleet: Fleet) -> None:
     before = fleet.loop.heartbeat_s
     await eventually(lambda: fleet.loop.heartbeat_s > before)

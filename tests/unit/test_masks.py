@@ -253,6 +253,7 @@ RECORDS = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     capacity=st.sampled_from([None, 450, 300]),

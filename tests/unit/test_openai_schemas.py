@@ -38,6 +38,7 @@ def test_what_does_not_conform_is_told_where() -> None:
         check("Nonsense", {})
 
 
+@pytest.mark.slow
 def test_every_schema_is_a_schema() -> None:
     everything = validator("Response").schema
     validator("Response").check_schema(everything)

@@ -75,6 +75,7 @@ def test_without_a_drafter_a_prediction_is_of_no_use() -> None:
     assert usage(predicted).accepted_prediction_tokens == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_any_prediction_gives_the_same_tokens(seed: int) -> None:
@@ -112,6 +113,7 @@ def by_hand(prediction: list[int], tail: list[int], used: int, least: int) -> in
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     prediction=st.lists(st.integers(0, 2), min_size=1, max_size=40),

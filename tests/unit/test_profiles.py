@@ -281,6 +281,7 @@ def config(**changes: Any) -> Config:
     return Config(models=[ModelConfig(model="scripted:tiny")], **changes)
 
 
+@pytest.mark.slow
 def test_a_server_takes_the_profile_and_names_it() -> None:
     assert "profile" not in settings_of(serve(config()))
     write_profile(scripted_profile())
@@ -292,6 +293,7 @@ def test_a_server_takes_the_profile_and_names_it() -> None:
     assert "profile" not in settings_of(serve(off))
 
 
+@pytest.mark.slow
 def test_settings_of_file_environment_and_flags_win_in_a_server() -> None:
     write_profile(scripted_profile())
     section = config(plugins={"scripted": {"kernel": "slow"}})
@@ -304,6 +306,7 @@ def test_settings_of_file_environment_and_flags_win_in_a_server() -> None:
     assert settings["kernel"] == "wide"
 
 
+@pytest.mark.slow
 def test_a_profile_that_the_backend_refuses_does_not_stop_the_server(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -68,6 +68,7 @@ def test_top_k_keeps_the_k_likeliest() -> None:
     assert np.abs(seen[:2] - expected).max() < 0.03
 
 
+@pytest.mark.slow
 def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     mass = softmax(LOGITS).cumsum()
     seen = draws(LOGITS, top_p=float(mass[1]) - 0.01)

@@ -453,6 +453,7 @@ def test_a_snapshot_of_another_model_or_name_is_not_taken(disk: Disk) -> None:
     assert disk.files == []
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_found_out(data: st.DataObject) -> None:

@@ -127,6 +127,7 @@ def test_nothing_but_the_grammar_begins_an_answer(model: Model) -> None:
     assert not matcher.accept(END)
 
 
+@pytest.mark.slow
 def test_masks_say_what_may_be_accepted(model: Model) -> None:
     texts = (
         *("", "<", "<t", "<think>", "<think>a</thi", "<think>a</", "<think>a</think"),

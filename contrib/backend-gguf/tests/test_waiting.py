@@ -40,6 +40,7 @@ print(json.dumps([first, waiting.prepare_openmp('passive'), environ, adapts]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "more", "in_effect", "environ"),
     [
@@ -68,6 +69,7 @@ def test_where_it_cannot_adapt_it_is_passive():
     assert found == [["passive", None], ["passive", None], ["passive", "300"], False]
 
 
+@pytest.mark.slow
 def test_a_library_that_is_loaded_already_is_a_warning():
     code = (
         "import json, llama_cpp\n"
@@ -192,6 +194,7 @@ print(json.dumps([grown, settled(lambda n: n == before), team.exists]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux only")
 def test_a_spare_team_comes_and_goes():
     assert run(TEAM) == [True, True, False]

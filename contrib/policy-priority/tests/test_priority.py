@@ -115,6 +115,7 @@ def test_waiting_makes_urgent_so_that_nothing_starves() -> None:
     assert low.text() == truth(harness, low)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     lanes=st.integers(1, 3),
