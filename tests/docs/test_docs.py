@@ -109,3 +109,9 @@ def test_the_options_of_batches_stand_on_their_page_with_their_defaults() -> Non
     for field in msgspec.structs.fields(BatchesOptions):
         shown = "" if field.default is None else f"`{msgspec.json.encode(field.default).decode()}`"
         assert f"| `{field.name}` | {shown} |" in page
+
+
+def test_the_tool_format_of_the_page_works() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "tools.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    exec(compile("\n".join(blocks), "tools.md", "exec"), {})

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from stoker import CallPiece, Piece, TextPiece, Tool, ToolChoice, ToolFormat
 from stoker.config import Config, ModelConfig
 from stoker.discovery import load_plugins
+from stoker.errors import ConfigError
 from stoker.testing import ByteVocabulary, read_output
 from stoker_plugins.tool_formats.hermes import Generic, Hermes
 from stoker_plugins.tool_formats.llama3 import Llama3
@@ -396,3 +397,18 @@ def test_values_of_python_and_json(text: str, value: Any) -> None:
 )
 def test_what_is_no_value(text: str) -> None:
     assert read_value(text) == (False, None)
+
+
+def test_a_format_can_be_named_or_switched_off() -> None:
+    plugins = load_plugins(only=[])
+
+    def names(tool_format: str) -> list[str]:
+        model = ModelConfig(tool_format=tool_format)
+        plugins.check(Config(models=[model]))
+        return [info.name for info in plugins.tool_formats(Config(), model)]
+
+    assert names("llama3") == ["llama3"]
+    assert names("none") == []
+    assert names("auto")[-1] == "generic"
+    with pytest.raises(ConfigError, match=r"tool_format.*'hermez'.*Did you mean 'hermes'"):
+        names("hermez")
