@@ -19,6 +19,9 @@ LLAMA_FLAGS := -fno-tree-dse -fno-dse
 export CMAKE_ARGS ?= -DCMAKE_C_FLAGS='$(LLAMA_FLAGS)' -DCMAKE_CXX_FLAGS='$(LLAMA_FLAGS)'
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Prints a dependency group, one requirement a line.
+GROUP = $(BIN)/python -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]]))'
+
 PROJECTS := pyproject.toml contrib/backend-gguf/pyproject.toml contrib/policy-priority/pyproject.toml
 
 .PHONY: help setup serve test check lint types contracts fast format bench clean
@@ -50,12 +53,20 @@ $(VENV)/.serve: $(VENV)/bin/python $(PROJECTS)
 
 # What testing needs on top; the list is [dependency-groups] dev.
 $(VENV)/.dev: $(VENV)/.serve
-	$(BIN)/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"]))' \
-		> $(VENV)/dev-requirements.txt
+	$(GROUP) dev > $(VENV)/dev-requirements.txt
 	$(BIN)/pip install --quiet -r $(VENV)/dev-requirements.txt
 	touch $@
 
-setup: $(VENV)/.dev
+# Clients of the API from PyPI, for tests/clients: about 550 MB in environments of their own.
+CLIENTS := $(VENV)/clients/.done $(VENV)/clients-openai2/.done
+
+$(CLIENTS): $(VENV)/%/.done: $(VENV)/bin/python pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(GROUP) $* > $(@D)/requirements.txt
+	$(@D)/bin/pip install --quiet --no-compile -r $(@D)/requirements.txt
+	touch $@
+
+setup: $(VENV)/.dev $(CLIENTS)
 
 serve: $(VENV)/.serve
 	exec $(BIN)/stoker serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -75,7 +86,7 @@ fast: $(VENV)/.dev
 
 check: lint types contracts fast
 
-test: lint types contracts
+test: lint types contracts $(CLIENTS)
 	$(BIN)/python -m pytest -q
 
 format: $(VENV)/.dev

@@ -17,8 +17,9 @@ from stoker.keys import digest_of
 from stoker_plugins.batches import batch_routes
 
 if TYPE_CHECKING:
-    from conftest import Running
     from openai.types import Batch
+
+    from conftest import Running
 
 MODEL = "org/scripted"
 KEY = {"authorization": "Bearer sk-of-a"}
