@@ -86,8 +86,10 @@ fast: $(VENV)/.dev
 
 check: lint types contracts fast
 
+# A real model wants all cores for itself; the rest is quicker side by side.
 test: lint types contracts $(CLIENTS)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 -m "not bench and not model"
+	$(BIN)/python -m pytest -q -m "model and not bench"
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --quiet --fix .
