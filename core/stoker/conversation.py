@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,21 +18,19 @@ import msgspec
 from stoker.calls import Call, RoutedModel, encode_prompt
 from stoker.errors import InvalidRequestError
 from stoker.grammar import Grammar, GrammarSpec
-from stoker.interfaces import Tool, ToolChoice, ToolFormat
+from stoker.interfaces import Tool
 from stoker.pieces import OutputParser
 from stoker.reasoning import ReasoningMarks, ReasoningParser, is_open
 from stoker.structured import GrammarService
 from stoker.template_meter import FULL, QUICK, Allowance, TemplateLimitError
 from stoker.thoughts import AfterReasoning, ThoughtTokens
+from stoker.tool_grammars import looser_grammars, strict_schemas, tool_grammar
 
 __all__ = ["Conversation", "read_conversation", "render_conversation"]
 
 _T = TypeVar("_T")
 
 _OFF_THREAD_CHARS = 20_000  # what is longer is rendered and tokenized off the event loop
-_ANY_OBJECT: dict[str, Any] = {"type": "object", "additionalProperties": True}
-_COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-_GUIDANCE = "x-guidance"  # where llguidance reads how to take a schema
 _LOOSE = "tools: parts of their schemas cannot be enforced; check the arguments of their calls"
 
 
@@ -44,22 +40,24 @@ class Conversation:
 
     Attributes:
         token_ids: The prompt.
-        grammars: What the output must look like: the first of these that compiles; empty if it is free.
+        grammar: What the output must look like; ``None`` if it is free.
+        looser: Makes what is taken instead if that does not compile, the first that does.
         new_parser: Makes what reads one output; ``None`` if it is all text.
         shown_tokens: Control tokens that are part of the output's text, with their text.
-        thoughts: What of the vocabulary matters to reasoning that may come before what ``grammars``
-            describe; ``None`` if nothing may.
+        thoughts: What of the vocabulary matters to reasoning that may come before what ``grammar``
+            describes; ``None`` if nothing may.
         is_thinking: Whether the output begins within the reasoning.
-        strict: The schemas that have to be enforced, each by itself: which one is at fault if they cannot.
+        strict: Makes the schemas that have to be enforced, each by itself: to see which one cannot.
     """
 
     token_ids: list[int]
-    grammars: tuple[GrammarSpec, ...] = ()
+    grammar: GrammarSpec | None = None
+    looser: Callable[[], Sequence[GrammarSpec]] = tuple
     new_parser: Callable[[], OutputParser] | None = None
     shown_tokens: Mapping[int, str] = field(default_factory=dict)
     thoughts: ThoughtTokens | None = None
     is_thinking: bool = False
-    strict: tuple[GrammarSpec, ...] = ()
+    strict: Callable[[], Sequence[GrammarSpec]] = tuple
 
     async def compile(self, service: GrammarService) -> tuple[Grammar | None, list[str]]:
         """What the output must look like, and what of that cannot be enforced, in words.
@@ -70,9 +68,9 @@ class Conversation:
         Raises:
             InvalidRequestError: It cannot be compiled; names the field at fault.
         """
-        if not self.grammars:
+        if self.grammar is None:
             return None, []
-        grammar, is_loose = await self._first_that_compiles(service)
+        grammar, is_loose = await self._first_that_compiles(self.grammar, service)
         warnings = list(grammar.warnings)
         if is_loose:
             warnings.insert(0, _LOOSE)
@@ -81,13 +79,17 @@ class Conversation:
         await asyncio.to_thread(self.thoughts.prepare)
         return AfterReasoning(grammar, self.thoughts, is_thinking=self.is_thinking), warnings
 
-    async def _first_that_compiles(self, service: GrammarService) -> tuple[Grammar, bool]:
-        for at, spec in enumerate(self.grammars):
-            try:
-                return await service.get(spec), at > 0
-            except InvalidRequestError as error:
-                refused = error
-        for spec in self.strict:
+    async def _first_that_compiles(
+        self, spec: GrammarSpec, service: GrammarService
+    ) -> tuple[Grammar, bool]:
+        try:
+            return await service.get(spec), False
+        except InvalidRequestError as error:
+            refused = error
+        for spec in self.looser():
+            with contextlib.suppress(InvalidRequestError):
+                return await service.get(spec), True
+        for spec in self.strict():
             await service.get(spec)  # raises for the one at fault
         raise refused
 
@@ -103,8 +105,7 @@ async def read_conversation(routed: RoutedModel, call: Call) -> Conversation:
         InvalidRequestError: The model, or its template, cannot do what is asked for.
     """
     if call.messages is None:
-        grammars = () if call.grammar is None else (call.grammar,)
-        return Conversation(await encode_prompt(routed, call), grammars)
+        return Conversation(await encode_prompt(routed, call), call.grammar)
     return await _in_time(partial(_read, routed, call), _size(call))
 
 
@@ -126,10 +127,18 @@ async def _in_time(work: Callable[[Allowance], _T], size: int) -> _T:
 
 
 def _size(call: Call) -> int:
-    """Roughly how many characters have to be rendered."""
-    return sum(len(str(message.get("content") or "")) for message in call.messages or ()) + sum(
-        len(tool.description) + 50 * len(tool.parameters) for tool in call.tools
-    )
+    """About how many characters have to be rendered; no more are counted than it takes to be many."""
+    size, waiting = 0, [call.messages, call.template_options]
+    waiting += [tool.parameters for tool in call.tools]
+    size = sum(len(tool.description) for tool in call.tools)
+    while waiting and size < _OFF_THREAD_CHARS:
+        value: Any = waiting.pop()
+        size += len(value) if isinstance(value, str) else 10
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return size
 
 
 def _read(routed: RoutedModel, call: Call, allowance: Allowance) -> Conversation:
@@ -181,36 +190,31 @@ def _read_with(
     if call.continue_final_message and call.messages:
         continued = str(call.messages[-1].get("content") or "")
     is_thinking = marks is not None and is_open(marks, prompt.tail, continued)
-    grammars: tuple[GrammarSpec, ...] = () if call.grammar is None else (call.grammar,)
+    grammar, looser = call.grammar, _no_grammars
     read_calls: Callable[[], OutputParser] | None = None
     if tools and form is not None:
-        grammars = _tool_grammars(routed, form, tools, call, special)
-        read_calls = partial(form.parser, tools, call.tool_choice, constrained=bool(grammars))
+        grammar = tool_grammar(form, tools, call, special, constrains=routed.constrains)
+        if grammar is not None:
+            looser = partial(looser_grammars, form, tools, call, special)
+        read_calls = partial(form.parser, tools, call.tool_choice, constrained=grammar is not None)
     new_parser = read_calls
     if marks is not None:
         new_parser = partial(_reasoning_parser, marks, is_thinking, read_calls)
     visible = [*(form.markers if tools and form is not None else ()), *(marks or ())]
     return Conversation(
         prompt.token_ids,
-        grammars,
+        grammar,
+        looser,
         new_parser,
         {special[text]: text for text in visible if text in special},
         routed.thoughts,
         is_thinking,
-        _strict_specs(tools),
+        partial(strict_schemas, tools),
     )
 
 
-def _strict_specs(tools: Sequence[Tool]) -> tuple[GrammarSpec, ...]:
-    return tuple(
-        GrammarSpec(
-            kind="json_schema",
-            text=json.dumps(tool.parameters),
-            param=f"tools.{i}.function.parameters",
-        )
-        for i, tool in enumerate(tools)
-        if tool.strict
-    )
+def _no_grammars() -> Sequence[GrammarSpec]:
+    return ()
 
 
 def _special_tokens(routed: RoutedModel) -> Mapping[str, int]:
@@ -233,6 +237,11 @@ def _for_template(
     """Messages and tools as the model's template wants them."""
     messages: Sequence[Mapping[str, Any]] = call.messages or ()
     form = routed.tool_format
+    if form is None and tools:
+        raise InvalidRequestError(
+            "tools are switched off for this model (tool_format = none); send the request without them",
+            param="tools",
+        )
     if form is None or not (tools or any(map(_is_about_tools, messages))):
         return messages, None
     named = _with_names(messages)
@@ -299,94 +308,3 @@ def _without_new_system(
     if rest and rest[0].get("role") == "user":
         return [{**rest[0], "content": f"{text}\n\n{rest[0]['content']}"}, *rest[1:]]
     return [{"role": "user", "content": text}, *rest]
-
-
-# --------------------------------------------------------------------------- grammars
-
-
-def _tool_grammars(
-    routed: RoutedModel,
-    form: ToolFormat,
-    tools: Sequence[Tool],
-    call: Call,
-    special: Mapping[str, int],
-) -> tuple[GrammarSpec, ...]:
-    """Grammars of outputs with calls, the first that compiles of which is to be used.
-
-    With every tool's schema; of tools that are not strict without what the compiler does not know; of these
-    any object.
-
-    Where a response format is asked for, too, the output is calls or what that describes.
-
-    Raises:
-        InvalidRequestError: There has to be a call, and nothing that makes sure of it.
-    """
-    choice = call.tool_choice
-    if not routed.constrains:
-        if choice.mode == "required":
-            raise InvalidRequestError(
-                "structured outputs are switched off here (server.grammar = none), without which no tool "
-                "call can be made sure of; use the tool_choice 'auto'",
-                param="tool_choice",
-            )
-        return ()
-    versions: list[Sequence[Tool]] = [[_with_guidance(tool, {}) for tool in tools]]
-    if not all(tool.strict for tool in tools):
-        versions.append([_with_guidance(tool, {"lenient": not tool.strict}) for tool in tools])
-        versions.append([_with_any_arguments(tool) for tool in tools])
-    texts = [_grammar(form, version, choice, call.grammar, special) for version in versions]
-    return tuple(GrammarSpec(kind="lark", text=text, param="tools") for text in texts if text)
-
-
-def _with_guidance(tool: Tool, guidance: Mapping[str, Any]) -> Tool:
-    """The tool, its schema with these hints for the compiler and none of the client's."""
-    parameters = {key: item for key, item in tool.parameters.items() if key != _GUIDANCE}
-    if parameters and guidance:
-        parameters[_GUIDANCE] = guidance
-    return msgspec.structs.replace(tool, parameters=parameters)
-
-
-def _with_any_arguments(tool: Tool) -> Tool:
-    if tool.strict:
-        return _with_guidance(tool, {})
-    return msgspec.structs.replace(tool, parameters=_ANY_OBJECT)
-
-
-def _grammar(
-    form: ToolFormat,
-    tools: Sequence[Tool],
-    choice: ToolChoice,
-    answer: GrammarSpec | None,
-    special: Mapping[str, int],
-) -> str:
-    if answer is None or choice.mode == "required":
-        return form.grammar(tools, choice, special)
-    calls = form.grammar(tools, msgspec.structs.replace(choice, mode="required"), special)
-    if not calls:
-        return ""
-    calls = re.sub(r"^start:", "tool_calls:", calls, count=1, flags=re.MULTILINE)
-    return f"start: tool_calls | answer\nanswer: {_rule(answer)}\n{calls}"
-
-
-def _rule(spec: GrammarSpec) -> str:
-    """What a rule of a Lark grammar says to describe the same.
-
-    Raises:
-        InvalidRequestError: It cannot.
-    """
-    if spec.kind == "json_object":
-        return '%json {"type": "object"}'
-    if spec.kind == "json_schema":
-        schema = json.loads(spec.text)
-        if not isinstance(schema, dict):
-            return f"%json {spec.text}"
-        return (
-            f"%json {json.dumps({**schema, _GUIDANCE: {**_COMPACT, 'lenient': not spec.strict}})}"
-        )
-    if spec.kind == "choice":
-        return " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(spec.text))
-    raise InvalidRequestError(
-        f"{spec.param!r} cannot be combined with tools that the model may or may not call; leave one of "
-        "them out, or use the tool_choice 'required'",
-        param=spec.param,
-    )

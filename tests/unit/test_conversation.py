@@ -9,6 +9,7 @@ import pytest
 
 from stoker import (
     CallPiece,
+    GrammarSpec,
     InvalidRequestError,
     OutputParser,
     ReasoningPiece,
@@ -22,7 +23,7 @@ from stoker.calls import Call, RoutedModel
 from stoker.chat_template import ChatTemplate
 from stoker.conversation import Conversation, read_conversation
 from stoker.reasoning import MARKS, ReasoningMarks
-from stoker.testing import ScriptedTokenizer, read_output
+from stoker.testing import ByteVocabulary, ScriptedTokenizer, read_output
 from stoker_plugins.tool_formats.hermes import Generic, Hermes
 
 PLAIN = (
@@ -92,7 +93,7 @@ async def test_without_tools_and_marks_a_conversation_is_plain() -> None:
     conversation = await read(routed())
     assert shown(conversation) == "UOslo?$A"
     assert conversation.new_parser is None
-    assert conversation.grammars == ()
+    assert conversation.grammar is None
 
 
 async def test_a_model_that_knows_no_tools_reads_them_in_words() -> None:
@@ -102,7 +103,8 @@ async def test_a_model_that_knows_no_tools_reads_them_in_words() -> None:
     assert '"get_weather", "description": "Rain <|end|> or shine"' in text
     assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo<|end|>"}}' in text
     assert text.endswith("U<tool_response>\nrain <|system|>\n</tool_response>$A")
-    (spec,) = conversation.grammars[:1]
+    spec = conversation.grammar
+    assert spec is not None
     assert spec.kind == "lark"
     assert "get_weather" in spec.text
     assert conversation.new_parser is not None
@@ -115,7 +117,7 @@ async def test_history_stays_readable_when_the_tools_are_gone() -> None:
         conversation = await read(routed(), messages=HISTORY, **fields)
         assert shown(conversation).startswith('UOslo?$A<tool_call>\n{"name": "get_weather"')
         assert conversation.new_parser is None
-        assert conversation.grammars == ()
+        assert conversation.grammar is None
 
 
 async def test_a_template_that_knows_tools_gets_them_with_objects_for_arguments() -> None:
@@ -144,21 +146,51 @@ async def test_instructions_go_to_the_user_where_there_is_no_system() -> None:
 
 async def test_a_loose_grammar_follows_where_a_tool_is_not_strict() -> None:
     conversation = await read(routed(), tools=[WEATHER])
-    assert ['"city"' in spec.text for spec in conversation.grammars] == [True, True, False]
-    assert ["lenient" in spec.text for spec in conversation.grammars] == [False, True, False]
+    assert conversation.grammar is not None
+    specs = [conversation.grammar, *conversation.looser()]
+    assert ['"city"' in spec.text for spec in specs] == [True, True, False]
+    assert ["lenient" in spec.text for spec in specs] == [False, True, False]
+    assert list(conversation.strict()) == []
     strict = Tool(name="f", parameters=WEATHER.parameters, strict=True)
-    assert len((await read(routed(), tools=[strict])).grammars) == 1
+    conversation = await read(routed(), tools=[strict])
+    assert list(conversation.looser()) == []
+    assert [spec.param for spec in conversation.strict()] == ["tools.0.function.parameters"]
 
 
 async def test_without_a_compiler_no_call_can_be_required() -> None:
     model = routed()
     model.constrains = False  # type: ignore[misc]
     conversation = await read(model, tools=[WEATHER])
-    assert conversation.grammars == ()
+    assert conversation.grammar is None
     assert conversation.new_parser is not None
     with pytest.raises(InvalidRequestError, match="switched off") as refused:
         await read(model, tools=[WEATHER], tool_choice=ToolChoice(mode="required"))
     assert refused.value.param == "tool_choice"
+
+
+async def test_what_cannot_be_combined_is_refused_by_name() -> None:
+    expression = GrammarSpec(kind="regex", text="a+", param="guided_regex")
+    with pytest.raises(InvalidRequestError, match="cannot be combined with tools") as refused:
+        await read(routed(), tools=[WEATHER], grammar=expression)
+    assert refused.value.param == "guided_regex"
+    schema = GrammarSpec(kind="json_schema", text='{"type": "integer"}')
+    combined = (await read(routed(), tools=[WEATHER], grammar=schema)).grammar
+    assert combined is not None
+    tokens = ByteVocabulary()
+    assert tokens.accepts(combined.text, "42")
+    assert tokens.accepts(
+        combined.text, '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>'
+    )
+    assert not tokens.accepts(combined.text, "hello")
+
+
+async def test_tools_that_are_switched_off_are_refused() -> None:
+    model = routed()
+    model.tool_format = None
+    with pytest.raises(InvalidRequestError, match="switched off") as refused:
+        await read(model, tools=[WEATHER])
+    assert refused.value.param == "tools"
+    assert (await read(model, tools=[WEATHER], tool_choice=ToolChoice(mode="none"))).token_ids
 
 
 async def test_reasoning_that_the_template_opens() -> None:
