@@ -23,6 +23,7 @@ from stoker.api.responses.background import BackgroundJob, BackgroundJobs, JobSt
 from stoker.api.responses.builder import ResponseBuilder
 from stoker.api.responses.form import ResponseForm, new_response
 from stoker.api.responses.operations import (
+    FOLLOWING,
     INPUT_ITEMS,
     RETRIEVAL,
     TOKEN_COUNT,
@@ -263,7 +264,7 @@ class Responses:
             summary="Answer text or items, and keep the response",
             tags=_TAGS,
             operation_id="create_response",
-            operation_class=generation_operation("ResponseRequest", "ResponseObject"),
+            operation_class=generation_operation("ResponseRequest", "ResponseObject", FOLLOWING),
         )
         async def create_response(request: AnyRequest) -> ASGIApp:
             return await self.create(request)
@@ -295,7 +296,7 @@ class Responses:
             summary="Cancel a response that runs in the background",
             tags=_TAGS,
             operation_id="cancel_response",
-            operation_class=json_operation("ResponseObject"),
+            operation_class=json_operation("ResponseObject", links=FOLLOWING),
         )
         async def cancel_response(response_id: FromPath[str]) -> ASGIApp:
             return await self.cancel(response_id)
