@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from litestar import Response
 from litestar import Router as LitestarRouter
 from litestar.config.cors import CORSConfig
 from litestar.exceptions import ImproperlyConfiguredException
+from litestar.handlers import HTTPRouteHandler
 from litestar.routes import BaseRoute, HTTPRoute
 
 from stoker.api.access import Application
@@ -82,10 +84,11 @@ def build_app(
         *unserved_routes(),
     ]
     _check_paths(own, route_handlers)
+    served = [*own, *route_handlers]
     origins = config.server.cors_origins
     try:
         app = Application(
-            route_handlers=[*own, *route_handlers],
+            route_handlers=[*_options_handlers(served), *served],
             on_startup=list(on_startup),
             on_shutdown=[*on_shutdown, responses.close],
             exception_handlers={Exception: handle_exception},
@@ -105,6 +108,32 @@ def build_app(
     app.keys = keys
     app.log_access = config.logging.access
     return app
+
+
+def _options_handlers(handlers: Sequence[Any]) -> list[HTTPRouteHandler]:
+    """What answers OPTIONS with all methods of a path.
+
+    Registered first, for then Litestar adds none: its own names only the methods of the first handler.
+    """
+    methods: dict[str, set[str]] = {}
+    answered: set[str] = set()
+    for handler in handlers:
+        for route in LitestarRouter("/", route_handlers=[handler]).routes:
+            if not isinstance(route, HTTPRoute):
+                continue
+            methods.setdefault(route.path, set()).update(route.methods)
+            if "OPTIONS" in getattr(handler, "http_methods", ()):
+                answered.add(route.path)
+    return [_options_handler(path, methods[path]) for path in methods if path not in answered]
+
+
+def _options_handler(path: str, methods: set[str]) -> HTTPRouteHandler:
+    headers = {"allow": ", ".join(sorted(methods))}
+
+    async def options() -> Response[None]:
+        return Response(None, status_code=204, headers=headers, media_type="text/plain")
+
+    return HTTPRouteHandler(path, http_method="OPTIONS", include_in_schema=False)(options)
 
 
 def _schemas(handlers: Sequence[Any]) -> list[type]:

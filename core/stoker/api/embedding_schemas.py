@@ -35,6 +35,9 @@ class _Embedding(msgspec.Struct, kw_only=True):
     timeout: Annotated[float, Meta(gt=0)] | None = None
 
 
+NonEmpty = Annotated[str, Meta(extra_json_schema={"minLength": 1})]
+
+
 class EmbeddingRequest(_Embedding, kw_only=True):
     """The body of ``POST /v1/embeddings``.
 
@@ -45,7 +48,11 @@ class EmbeddingRequest(_Embedding, kw_only=True):
         user: Who asks, in your own words: for the log.
     """
 
-    input: str | list[str | int | list[int]]
+    input: Annotated[
+        NonEmpty
+        | Annotated[list[NonEmpty | int | list[int]], Meta(extra_json_schema={"minItems": 1})],
+        Meta(examples=["Hello"]),
+    ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: PositiveInt | None = None
     user: str | None = None
@@ -91,8 +98,10 @@ class RerankRequest(_Embedding, kw_only=True):
         return_documents: Whether results hold their documents; by default they do.
     """
 
-    query: str
-    documents: Annotated[list[str | RerankDocument], Meta(min_length=1)]
+    query: Annotated[NonEmpty, Meta(examples=["Which?"])]
+    documents: Annotated[
+        list[NonEmpty | RerankDocument], Meta(min_length=1, examples=[["This.", "That."]])
+    ]
     top_n: PositiveInt | None = None
     return_documents: bool | None = None
 

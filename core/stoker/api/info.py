@@ -13,7 +13,7 @@ from stoker.api.incoming import AnyRequest
 from stoker.api.messages_errors import speaks_anthropic
 from stoker.api.messages_models import list_for_anthropic, model_for_anthropic
 from stoker.api.messages_operations import models_operation
-from stoker.api.openapi import json_operation
+from stoker.api.openapi import json_operation, links_to
 from stoker.api.schemas import Engine, EngineList, Model, ModelList, Readiness
 from stoker.interfaces import ServedModel
 from stoker.router import Router
@@ -62,7 +62,10 @@ def info_routes(router: Router) -> list[HTTPRouteHandler]:
         tags=["models"],
         deprecated=True,
         operation_id="list_engines",
-        operation_class=json_operation("EngineList"),
+        operation_class=json_operation(
+            "EngineList",
+            links=links_to("path.engine_id", "get_engine", value="$response.body#/data/0/id"),
+        ),
     )
     async def list_engines() -> ASGIApp:
         body = EngineList(data=[engine(served) for served in router.models()])

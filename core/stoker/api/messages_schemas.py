@@ -205,7 +205,9 @@ class MessagesPrompt(msgspec.Struct, kw_only=True):
     """
 
     model: str | None = None
-    messages: Annotated[list[InputMessage], Meta(min_length=1)]
+    messages: Annotated[
+        list[InputMessage], Meta(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])
+    ]
     system: str | list[ResultBlock] | None = None
     tools: Annotated[list[MessagesTool], Meta(max_length=128)] | None = None
     tool_choice: MessagesToolChoice | None = None

@@ -11,6 +11,7 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import (
     Components,
+    Link,
     OpenAPIHeader,
     OpenAPIMediaType,
     OpenAPIResponse,
@@ -61,8 +62,19 @@ from stoker.api.token_schemas import (
 )
 from stoker.router import Health
 
-__all__ = ["body_operation", "generation_operation", "json_operation", "openapi_config"]
+__all__ = [
+    "EVENT",
+    "OF_THE_REQUEST",
+    "Links",
+    "body_operation",
+    "generation_operation",
+    "json_operation",
+    "links_to",
+    "openapi_config",
+]
 
+Links = dict[str, Link | Reference]
+"""Where one can go from an answer, by name."""
 
 _BODIES = (
     ChatRequest, ChatCompletion, CompletionRequest, Completion, ModelList, EngineList, Health, Readiness,
@@ -102,19 +114,33 @@ def _json(name: str, description: str) -> OpenAPIResponse:
     )
 
 
-def json_operation(response: str, **others: str) -> type[Operation]:
+def links_to(parameter: str, *operation_ids: str, value: str = "$response.body#/id") -> Links:
+    """Links to operations that can be called with a part of an answer.
+
+    Args:
+        parameter: The parameter that it becomes, by its place: ``path.file_id``.
+        operation_ids: The operations.
+        value: The part, as a runtime expression of OpenAPI.
+    """
+    return {name: Link(operation_id=name, parameters={parameter: value}) for name in operation_ids}
+
+
+def json_operation(response: str, *, links: Links | None = None, **others: str) -> type[Operation]:
     """An operation that answers with the struct named ``response``.
 
     Args:
         response: Name of a schema.
+        links: Where one can go from its answer.
         others: More answers: ``s503="Readiness"``.
     """
 
     @dataclass
     class JsonOperation(Operation):
         def __post_init__(self) -> None:
+            success = _json(response, "Success")
+            success.links = dict(links) if links else None
             self.responses = {
-                "200": _json(response, "Success"),
+                "200": success,
                 **{status[1:]: _json(name, "No success") for status, name in others.items()},
                 "default": _json("ErrorBody", "An error"),
             }
@@ -140,6 +166,14 @@ def body_operation(request: str, response: str) -> type[Operation]:
     return BodyOperation
 
 
+OF_THE_REQUEST = links_to(
+    "path.request_id",
+    "get_request",
+    "cancel_request",
+    value="$response.header.x-request-id",
+)
+"""From the answer of a generating endpoint to what is known of it."""
+
 _STRING = Schema(type=OpenAPIType.STRING)
 _ASK_TO_EXPLAIN = Parameter(
     name="x-stoker-explain",
@@ -153,6 +187,13 @@ _REQUEST_ID = Parameter(
     description="The request's id, by which it can be explained and cancelled; else one is made up.",
     schema=_STRING,
 )
+EVENT = Schema(
+    type=OpenAPIType.OBJECT,
+    description="A server-sent event; `data` is JSON, or `[DONE]` at the end.",
+    properties={"event": _STRING, "data": _STRING},
+    required=["data"],
+)
+"""One event of a stream."""
 _EXPLANATION = OpenAPIHeader(
     description=(
         "If asked for: `RequestDetails` as JSON. In a stream it is a comment before the end: "
@@ -162,8 +203,16 @@ _EXPLANATION = OpenAPIHeader(
 )
 
 
-def generation_operation(request: str, response: str) -> type[Operation]:
-    """An operation that takes the struct named ``request`` and answers in one piece or streams."""
+def generation_operation(
+    request: str, response: str, links: Links | None = None
+) -> type[Operation]:
+    """An operation that takes the struct named ``request`` and answers in one piece or streams.
+
+    Args:
+        request: Name of a schema.
+        response: Name of a schema.
+        links: Where one can go from its answer, beside its request's history.
+    """
 
     @dataclass
     class GenerationOperation(Operation):
@@ -175,8 +224,9 @@ def generation_operation(request: str, response: str) -> type[Operation]:
             )
             success = _json(response, "The answer; with `stream`, server-sent events of its chunks")
             success.headers = {"x-stoker-explain": _EXPLANATION}
+            success.links = {**OF_THE_REQUEST, **(links or {})}
             if success.content is not None:
-                success.content["text/event-stream"] = OpenAPIMediaType(schema=_STRING)
+                success.content["text/event-stream"] = OpenAPIMediaType(schema=EVENT)
             self.responses = {"200": success, "default": _json("ErrorBody", "An error")}
 
     return GenerationOperation

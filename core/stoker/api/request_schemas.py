@@ -43,6 +43,26 @@ Metadata = Annotated[
 StopString = Annotated[str, Meta(max_length=4096)]
 ToolName = Annotated[str, Meta(min_length=1, max_length=64)]
 
+# Decoded as any text, so that the error of another one can say what to do; shown as what is possible.
+Role = Annotated[
+    str, Meta(extra_json_schema={"enum": ["system", "developer", "user", "assistant", "tool"]})
+]
+PartType = Annotated[str, Meta(extra_json_schema={"enum": ["text", "refusal"]})]
+FunctionType = Annotated[str, Meta(extra_json_schema={"enum": ["function"]})]
+FormatType = Annotated[
+    str, Meta(extra_json_schema={"enum": ["text", "json_object", "json_schema"]})
+]
+ToolChoiceMode = Annotated[str, Meta(extra_json_schema={"enum": ["none", "auto", "required"]})]
+ToolChoiceType = Annotated[str, Meta(extra_json_schema={"enum": ["function", "allowed_tools"]})]
+AllowedMode = Annotated[str, Meta(extra_json_schema={"enum": ["auto", "required"]})]
+PredictionType = Annotated[str, Meta(extra_json_schema={"enum": ["content"]})]
+ServiceTier = Annotated[
+    str, Meta(extra_json_schema={"enum": ["auto", "default", "flex", "scale", "priority"]})
+]
+NonEmpty = Annotated[str, Meta(extra_json_schema={"minLength": 1})]
+StopText = Annotated[StopString, Meta(extra_json_schema={"minLength": 1})]
+StopTexts = Annotated[list[StopText], Meta(extra_json_schema={"maxItems": 4})]
+
 
 class StreamOptions(msgspec.Struct, kw_only=True):
     """Options of a streamed answer.
@@ -80,7 +100,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
         json_schema: With ``json_schema``: the schema.
     """
 
-    type: str
+    type: FormatType
     json_schema: JsonSchemaFormat | None = None
 
 
@@ -155,7 +175,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     n: PositiveInt | None = None
-    stop: StopString | list[StopString] | None = None
+    stop: StopText | StopTexts | None = None
     stop_token_ids: Annotated[list[NaturalInt], Meta(max_length=256)] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: NaturalInt | None = None
@@ -195,7 +215,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     json_schema: dict[str, Any] | None = None
     grammar: str | None = None
     priority: Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None = None
-    service_tier: str | None = None
+    service_tier: ServiceTier | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
@@ -209,7 +229,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 class ContentPart(msgspec.Struct, kw_only=True):
     """A part of a message; ``text`` is served, and ``refusal`` in an assistant's message."""
 
-    type: str
+    type: PartType
     text: str | None = None
     refusal: str | None = None
 
@@ -225,7 +245,7 @@ class ToolCallParam(msgspec.Struct, kw_only=True):
     """A call that an assistant made."""
 
     id: Annotated[str, Meta(min_length=1, max_length=256)]
-    type: str = "function"
+    type: FunctionType = "function"
     function: CalledFunction | None = None
 
 
@@ -242,7 +262,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
         reasoning_content: What an assistant thought first; handed to the chat template.
     """
 
-    role: str
+    role: Role
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCallParam] | None = None
@@ -270,7 +290,7 @@ class FunctionDefinition(msgspec.Struct, kw_only=True):
 class ToolParam(msgspec.Struct, kw_only=True):
     """A tool; only functions are served."""
 
-    type: str
+    type: FunctionType
     function: FunctionDefinition | None = None
 
 
@@ -283,21 +303,21 @@ class NamedFunction(msgspec.Struct, kw_only=True):
 class ToolChoiceTool(msgspec.Struct, kw_only=True):
     """A tool that is allowed."""
 
-    type: str
+    type: FunctionType
     function: NamedFunction | None = None
 
 
 class AllowedTools(msgspec.Struct, kw_only=True):
     """Some of the tools: ``mode`` is ``auto`` or ``required``."""
 
-    mode: str
+    mode: AllowedMode
     tools: Annotated[list[ToolChoiceTool], Meta(min_length=1)]
 
 
 class ToolChoiceParam(msgspec.Struct, kw_only=True):
     """Which tools: ``type`` is ``function`` (that one must be called) or ``allowed_tools``."""
 
-    type: str
+    type: ToolChoiceType
     function: NamedFunction | None = None
     allowed_tools: AllowedTools | None = None
 
@@ -305,7 +325,7 @@ class ToolChoiceParam(msgspec.Struct, kw_only=True):
 class Prediction(msgspec.Struct, kw_only=True):
     """What the answer will probably be: ``type`` is ``content``."""
 
-    type: str
+    type: PredictionType
     content: str | list[ContentPart]
 
 
@@ -329,14 +349,16 @@ class ChatRequest(GenerationRequest, kw_only=True):
         continue_final_message: Go on where the last message, an assistant's, ends.
     """
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Annotated[
+        list[ChatMessage], Meta(min_length=1, examples=[[{"role": "user", "content": "Hello"}]])
+    ]
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[ToolParam], Meta(max_length=128)] | None = None
-    tool_choice: str | ToolChoiceParam | None = None
+    tool_choice: ToolChoiceMode | ToolChoiceParam | None = None
     parallel_tool_calls: bool | None = None
     prediction: Prediction | None = None
     reasoning_effort: str | None = None
@@ -359,7 +381,10 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         response_format: What the answer must look like.
     """
 
-    prompt: str | list[str | int | list[int]]
+    prompt: (
+        NonEmpty
+        | Annotated[list[NonEmpty | int | list[int]], Meta(extra_json_schema={"minItems": 1})]
+    )
     suffix: str | None = None
     max_tokens: NaturalInt | None = None
     logprobs: TopLogprobs | None = None

@@ -12,7 +12,7 @@ from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
-from stoker.api.openapi import json_operation
+from stoker.api.openapi import json_operation, links_to
 from stoker.api.schemas import CancelledRequest, RequestDetails, RequestList, RequestSummary
 from stoker.history import TrackedRequest
 from stoker.logs import CURRENT_REQUEST
@@ -47,7 +47,15 @@ def request_routes(policy: str, router: Router) -> list[HTTPRouteHandler]:
         summary="List your requests: those that run, and the last ones that ended",
         tags=["requests"],
         operation_id="list_requests",
-        operation_class=json_operation("RequestList"),
+        operation_class=json_operation(
+            "RequestList",
+            links=links_to(
+                "path.request_id",
+                "get_request",
+                "cancel_request",
+                value="$response.body#/data/0/id",
+            ),
+        ),
     )
     async def list_requests() -> ASGIApp:
         found = router.history.recent(_tenant(), _MAX_LISTED)

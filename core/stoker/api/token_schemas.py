@@ -1,8 +1,9 @@
 """The bodies of ``/tokenize``, ``/detokenize`` and ``/apply-template``."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from stoker.api.request_schemas import ChatMessage, ToolParam
 
@@ -83,7 +84,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Meta(examples=[[72, 105]])]
 
 
 class Detokenization(msgspec.Struct, kw_only=True):

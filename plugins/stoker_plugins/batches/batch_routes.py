@@ -12,7 +12,13 @@ from litestar.types import ASGIApp
 from stoker import InvalidRequestError, RateLimitError, RequestNotFoundError, ServerContext
 from stoker_plugins.batches.archive import Archive, Store, no_such_file, now
 from stoker_plugins.batches.database import BatchRecord
-from stoker_plugins.batches.documents import AFTER, json_body, limit_parameter, operation
+from stoker_plugins.batches.documents import (
+    AFTER,
+    FROM_BATCH,
+    json_body,
+    limit_parameter,
+    operation,
+)
 from stoker_plugins.batches.forms import (
     AnyRequest,
     current_tenant,
@@ -55,7 +61,7 @@ def batch_routes(
         summary="Run the requests of a file in idle capacity",
         tags=["batches"],
         operation_id="create_batch",
-        operation_class=operation("Batch", body=json_body("CreateBatch")),
+        operation_class=operation("Batch", body=json_body("CreateBatch"), links=FROM_BATCH),
         opt=_SCHEMAS,
     )
     async def create_batch(request: AnyRequest) -> ASGIApp:
@@ -120,7 +126,7 @@ def batch_routes(
         summary="Describe a batch",
         tags=["batches"],
         operation_id="get_batch",
-        operation_class=operation("Batch"),
+        operation_class=operation("Batch", links=FROM_BATCH),
         opt=_SCHEMAS,
     )
     async def get_batch(request: AnyRequest, batch_id: FromPath[str]) -> ASGIApp:
@@ -133,7 +139,7 @@ def batch_routes(
         summary="Cancel a batch; what is done of it is kept",
         tags=["batches"],
         operation_id="cancel_batch",
-        operation_class=operation("Batch"),
+        operation_class=operation("Batch", links=FROM_BATCH),
         opt=_SCHEMAS,
     )
     async def cancel_batch(request: AnyRequest, batch_id: FromPath[str]) -> ASGIApp:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from litestar.openapi.spec import (
+    Link,
     OpenAPIFormat,
     OpenAPIMediaType,
     OpenAPIResponse,
@@ -20,6 +21,8 @@ from litestar.openapi.spec import (
 __all__ = [
     "AFTER",
     "BINARY",
+    "FROM_BATCH",
+    "FROM_FILE",
     "ORDER",
     "PURPOSE",
     "UPLOAD",
@@ -86,6 +89,32 @@ BINARY = OpenAPIResponse(
 )
 
 
+def _links(
+    parameter: str, *operation_ids: str, value: str = "$response.body#/id"
+) -> dict[str, Link | Reference]:
+    return {name: Link(operation_id=name, parameters={parameter: value}) for name in operation_ids}
+
+
+FROM_FILE = {
+    **_links("path.file_id", "get_file", "get_file_content", "delete_file"),
+    "create_batch": Link(
+        operation_id="create_batch",
+        request_body={
+            "input_file_id": "$response.body#/id",
+            "endpoint": "/v1/completions",
+            "completion_window": "24h",
+        },
+    ),
+}
+"""What can be done with a file."""
+
+FROM_BATCH = {
+    **_links("path.batch_id", "get_batch", "cancel_batch"),
+    **_links("path.file_id", "get_file", value="$response.body#/input_file_id"),
+}
+"""What can be done with a batch."""
+
+
 def json_body(name: str) -> RequestBody:
     """A body that is the struct of this name."""
     return RequestBody(required=True, content={"application/json": _media(name)})
@@ -100,6 +129,7 @@ def operation(
     *,
     body: RequestBody | None = None,
     parameters: Sequence[Parameter] = (),
+    links: Mapping[str, Link | Reference] | None = None,
 ) -> type[Operation]:
     """An operation.
 
@@ -107,6 +137,7 @@ def operation(
         answer: The name of the struct that it answers with, or more than that.
         body: What it takes.
         parameters: Beside those in the path.
+        links: Where one can go from its answer.
     """
     success = (
         OpenAPIResponse(description="Success", content={"application/json": _media(answer)})
@@ -121,6 +152,7 @@ def operation(
     class RouteOperation(Operation):
         def __post_init__(self) -> None:
             self.parameters = [*(self.parameters or []), *parameters]
+            success.links = dict(links) if links else None
             self.responses = {"200": success, "default": error}
             if body is not None:
                 self.request_body = body

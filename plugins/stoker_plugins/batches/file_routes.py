@@ -20,6 +20,7 @@ from stoker_plugins.batches.database import StoredFile
 from stoker_plugins.batches.documents import (
     AFTER,
     BINARY,
+    FROM_FILE,
     ORDER,
     PURPOSE,
     UPLOAD,
@@ -65,7 +66,7 @@ def file_routes(
         summary="Upload a file of requests, one JSON object a line",
         tags=["files"],
         operation_id="create_file",
-        operation_class=operation("FileObject", body=UPLOAD),
+        operation_class=operation("FileObject", body=UPLOAD, links=FROM_FILE),
         opt=_SCHEMAS,
     )
     async def create_file(request: AnyRequest) -> ASGIApp:

@@ -15,10 +15,11 @@ from litestar.openapi.spec import (
 )
 
 from stoker.api.incoming import AnyRequest
-from stoker.api.openapi import json_operation
+from stoker.api.openapi import EVENT, json_operation, links_to
 from stoker.errors import InvalidRequestError
 
 __all__ = [
+    "FOLLOWING",
     "INPUT_ITEMS",
     "RETRIEVAL",
     "TOKEN_COUNT",
@@ -48,6 +49,11 @@ def _query(name: str, schema: Schema, description: str) -> Parameter:
     return Parameter(name=name, param_in="query", schema=schema, description=description)
 
 
+FOLLOWING = links_to(
+    "path.response_id", "get_response", "cancel_response", "list_input_items", "delete_response"
+)
+"""From a response to what can be done with it."""
+
 _RETRIEVED = json_operation("ResponseObject")
 
 
@@ -55,7 +61,7 @@ _RETRIEVED = json_operation("ResponseObject")
 class _Retrieval(_RETRIEVED):  # type: ignore[misc, valid-type]  # a class made by a function
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.responses["200"].content["text/event-stream"] = OpenAPIMediaType(schema=_STRING)
+        self.responses["200"].content["text/event-stream"] = OpenAPIMediaType(schema=EVENT)
 
 
 RETRIEVAL = _with_query(

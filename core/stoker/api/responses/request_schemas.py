@@ -6,12 +6,19 @@ import msgspec
 from msgspec import Meta
 
 from stoker.api.request_schemas import (
+    AllowedMode,
+    FormatType,
+    FunctionType,
     Metadata,
     Penalty,
     PositiveInt,
+    ServiceTier,
     Share,
-    StopString,
+    StopText,
+    StopTexts,
     StructuredOutputs,
+    ToolChoiceMode,
+    ToolChoiceType,
     ToolName,
     TopLogprobs,
 )
@@ -34,11 +41,46 @@ _INT32 = 2**31 - 1
 _INT64 = 2**63 - 1
 _Id = Annotated[str, Meta(min_length=1, max_length=256)]
 
+# As in the other requests: any text is decoded, and what is possible is shown.
+_ItemRole = Annotated[
+    str, Meta(extra_json_schema={"enum": ["user", "assistant", "system", "developer"]})
+]
+_ItemType = Annotated[
+    str,
+    Meta(
+        extra_json_schema={
+            "enum": [
+                "message",
+                "function_call",
+                "function_call_output",
+                "reasoning",
+                "item_reference",
+            ]
+        }
+    ),
+]
+_PartType = Annotated[
+    str,
+    Meta(
+        extra_json_schema={
+            "enum": [
+                "input_text",
+                "output_text",
+                "text",
+                "refusal",
+                "summary_text",
+                "reasoning_text",
+            ]
+        }
+    ),
+]
+_Truncation = Annotated[str, Meta(extra_json_schema={"enum": ["auto", "disabled"]})]
+
 
 class InputPart(msgspec.Struct, kw_only=True):
     """A part of an item: ``input_text``, ``output_text``, ``refusal``, ``summary_text``, ..."""
 
-    type: str
+    type: _PartType
     text: str | None = None
     refusal: str | None = None
 
@@ -60,10 +102,10 @@ class InputItem(msgspec.Struct, kw_only=True):
         summary: Of reasoning: its summary, taken where there is no ``content``.
     """
 
-    type: str | None = None
+    type: _ItemType | None = None
     id: _Id | None = None
     status: str | None = None
-    role: str | None = None
+    role: _ItemRole | None = None
     content: str | list[InputPart] | None = None
     call_id: _Id | None = None
     name: ToolName | None = None
@@ -83,7 +125,7 @@ class ResponseTool(msgspec.Struct, kw_only=True):
         strict: Refuse a schema with keywords that cannot be enforced.
     """
 
-    type: str
+    type: FunctionType
     name: ToolName | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -93,7 +135,7 @@ class ResponseTool(msgspec.Struct, kw_only=True):
 class AllowedTool(msgspec.Struct, kw_only=True):
     """A tool that is allowed."""
 
-    type: str
+    type: FunctionType
     name: ToolName | None = None
 
 
@@ -107,9 +149,9 @@ class ResponseToolChoice(msgspec.Struct, kw_only=True):
         tools: The allowed tools.
     """
 
-    type: str
+    type: ToolChoiceType
     name: ToolName | None = None
-    mode: str | None = None
+    mode: AllowedMode | None = None
     tools: Annotated[list[AllowedTool], Meta(min_length=1)] | None = None
 
 
@@ -124,7 +166,7 @@ class ResponseTextFormat(msgspec.Struct, kw_only=True, rename={"schema_": "schem
         strict: Refuse a schema with keywords that cannot be enforced, instead of leaving those out.
     """
 
-    type: str
+    type: FormatType
     name: Annotated[str, Meta(max_length=64)] | None = None
     description: str | None = None
     schema_: dict[str, Any] | None = None
@@ -192,7 +234,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     """
 
     model: str | None = None
-    input: str | list[InputItem] | None = None
+    input: Annotated[str | list[InputItem] | None, Meta(examples=["Hello"])] = None
     instructions: str | None = None
     previous_response_id: _Id | None = None
     store: bool | None = None
@@ -206,12 +248,12 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     top_logprobs: TopLogprobs | None = None
     include: Annotated[list[str], Meta(max_length=32)] | None = None
     tools: Annotated[list[ResponseTool], Meta(max_length=128)] | None = None
-    tool_choice: str | ResponseToolChoice | None = None
+    tool_choice: ToolChoiceMode | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponseTextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    truncation: str | None = None
-    service_tier: str | None = None
+    truncation: _Truncation | None = None
+    service_tier: ServiceTier | None = None
     metadata: Metadata | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
     safety_identifier: Annotated[str, Meta(max_length=64)] | None = None
@@ -223,7 +265,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Meta(ge=-_INT64 - 1, le=_INT64)] | None = None
-    stop: StopString | list[StopString] | None = None
+    stop: StopText | StopTexts | None = None
     structured_outputs: StructuredOutputs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     priority: Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None = None
@@ -235,13 +277,13 @@ class InputTokensRequest(msgspec.Struct, kw_only=True):
     """The body of ``POST /v1/responses/input_tokens``: what of a response's request makes its prompt."""
 
     model: str | None = None
-    input: str | list[InputItem] | None = None
+    input: Annotated[str | list[InputItem] | None, Meta(examples=["Hello"])] = None
     instructions: str | None = None
     previous_response_id: _Id | None = None
     tools: Annotated[list[ResponseTool], Meta(max_length=128)] | None = None
-    tool_choice: str | ResponseToolChoice | None = None
+    tool_choice: ToolChoiceMode | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponseTextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    truncation: str | None = None
+    truncation: _Truncation | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -18,6 +18,7 @@ from stoker.api.responses.answer_schemas import (
 from stoker.api.responses.background import BackgroundJobs
 from stoker.api.responses.creation import Creator, job_stream, json_answer
 from stoker.api.responses.operations import (
+    FOLLOWING,
     INPUT_ITEMS,
     RETRIEVAL,
     TOKEN_COUNT,
@@ -188,7 +189,7 @@ class Responses:
             summary="Answer text or items, and keep the response",
             tags=_TAGS,
             operation_id="create_response",
-            operation_class=generation_operation("ResponseRequest", "ResponseObject"),
+            operation_class=generation_operation("ResponseRequest", "ResponseObject", FOLLOWING),
         )
         async def create_response(request: AnyRequest) -> ASGIApp:
             return await self._creator.create(request)
@@ -220,7 +221,7 @@ class Responses:
             summary="Cancel a response that runs in the background",
             tags=_TAGS,
             operation_id="cancel_response",
-            operation_class=json_operation("ResponseObject"),
+            operation_class=json_operation("ResponseObject", links=FOLLOWING),
         )
         async def cancel_response(response_id: FromPath[str]) -> ASGIApp:
             return await self.cancel(response_id)
