@@ -54,6 +54,9 @@ _PLAIN = (
 
 _TAIL_CHARS = 100
 _MAX_SOURCE = 1_000_000
+_EFFORT = frozenset({"reasoning_effort", "enable_thinking"})
+_NOTHING = (None, False, "", "none", "minimal")
+_MAX_SHOWN = 8
 _RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
@@ -136,12 +139,13 @@ class ChatTemplate:
                 f"the model's chat template has {len(text):,} characters; at most {_MAX_SOURCE:,} are read"
             )
         try:
-            self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(text))
+            self._asks_for = meta.find_undeclared_variables(environment.parse(text))
             self._template = environment.from_string(text)
         except (jinja2.TemplateError, SyntaxError, ValueError, OverflowError) as error:
             raise ModelError(f"the model's chat template does not compile: {error}") from error
         except (RecursionError, MemoryError) as error:
             raise ModelError("the model's chat template is nested too deeply") from error
+        self.knows_tools = "tools" in self._asks_for
         self._tokenizer = tokenizer
         self._names = {"bos_token": bos_token, "eos_token": eos_token}
         special = sorted(tokenizer.special_tokens, key=len, reverse=True)
@@ -163,6 +167,28 @@ class ChatTemplate:
         except TemplateLimitError:
             return True
         return True
+
+    def unheard(self, options: Mapping[str, Any]) -> list[str]:
+        """The options that have no effect, in words: the template does not ask for them.
+
+        Those that ask for nothing, such as ``enable_thinking: false``, are left out.
+        """
+        names = [
+            name
+            for name, value in options.items()
+            if name not in self._asks_for and value not in _NOTHING
+        ]
+        if (
+            options.keys() >= _EFFORT
+        ):  # one field of a request sets both; templates ask for one of them
+            spare = _EFFORT if _EFFORT & self._asks_for else {"enable_thinking"}
+            names = [name for name in names if name not in spare]
+        shown = [
+            f"{name[:64]!a} has no effect: this model's template does not ask for it"
+            for name in names[:_MAX_SHOWN]
+        ]
+        more = len(names) - len(shown)
+        return [*shown, f"and {more} more"] if more else shown
 
     def render(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> str:
         """The prompt as text, for people: what a user typed is not told from what the template wrote.

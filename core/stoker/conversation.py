@@ -48,6 +48,7 @@ class Conversation:
             describes; ``None`` if nothing may.
         is_thinking: Whether the output begins within the reasoning.
         strict: Makes the schemas that have to be enforced, each by itself: to see which one cannot.
+        warnings: What was asked for and has no effect, in words.
     """
 
     token_ids: list[int]
@@ -58,9 +59,10 @@ class Conversation:
     thoughts: ThoughtTokens | None = None
     is_thinking: bool = False
     strict: Callable[[], Sequence[GrammarSpec]] = tuple
+    warnings: Sequence[str] = ()
 
     async def compile(self, service: GrammarService) -> tuple[Grammar | None, list[str]]:
-        """What the output must look like, and what of that cannot be enforced, in words.
+        """What the output must look like, and what has no effect or cannot be enforced, in words.
 
         Args:
             service: Compiles for the model.
@@ -69,11 +71,9 @@ class Conversation:
             InvalidRequestError: It cannot be compiled; names the field at fault.
         """
         if self.grammar is None:
-            return None, []
+            return None, list(self.warnings)
         grammar, is_loose = await self._first_that_compiles(self.grammar, service)
-        warnings = list(grammar.warnings)
-        if is_loose:
-            warnings.insert(0, _LOOSE)
+        warnings = [*self.warnings, *([_LOOSE] if is_loose else ()), *grammar.warnings]
         if self.thoughts is None:
             return grammar, warnings
         await asyncio.to_thread(self.thoughts.prepare)
@@ -210,6 +210,7 @@ def _read_with(
         routed.thoughts,
         is_thinking,
         partial(strict_schemas, tools),
+        routed.template.unheard(call.template_options),
     )
 
 

@@ -142,3 +142,16 @@ def test_a_template_cannot_reach_out_of_the_sandbox() -> None:
 def test_a_template_that_does_not_compile_is_a_model_error() -> None:
     with pytest.raises(ModelError, match="does not compile"):
         template("{% if %}")
+
+
+def test_options_that_a_template_does_not_ask_for_are_named() -> None:
+    deaf = ChatTemplate("{{ messages }}", TOKENIZER)
+    thinking = ChatTemplate("{% if enable_thinking %}{% endif %}{{ messages }}", TOKENIZER)
+    effort = {"reasoning_effort": "high", "enable_thinking": True}
+    (warning,) = deaf.unheard(effort)
+    assert warning.startswith("'reasoning_effort' has no effect")
+    assert thinking.unheard(effort) == []
+    assert deaf.unheard({"reasoning_effort": "none", "enable_thinking": False, "x": None}) == []
+    many = deaf.unheard({f"a\u00fc{i}": 1 for i in range(10)})
+    assert many[0].startswith("'a\\xfc0' has no effect")
+    assert (len(many), many[-1]) == (9, "and 2 more")
