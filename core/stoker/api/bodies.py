@@ -151,4 +151,4 @@ def _completion_logprobs(
     echoed = list(prompt_logprobs or ()) if shape.echo else []
     rest = "".join(item.data.decode("utf-8", "ignore") for item in echoed if item is not None)
     first = echo[: max(0, len(echo) - len(rest))]
-    return CompletionLogprobsBuilder(0, shape.logprobs).build([*echoed, *choice.logprobs], first)
+    return CompletionLogprobsBuilder(0).build([*echoed, *choice.logprobs], first)

@@ -188,13 +188,13 @@ class TextEncoder(StreamEncoder):
 class _ChoiceState:
     """What is known of a choice between its events."""
 
-    def __init__(self, reader: ChoiceReader, echoed: int, num_top: int) -> None:
+    def __init__(self, reader: ChoiceReader, echoed: int) -> None:
         self.reader = reader
         self.has_begun = False
         self.num_tokens = 0
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob | None] = []
-        self.builder = CompletionLogprobsBuilder(echoed, num_top)
+        self.builder = CompletionLogprobsBuilder(echoed)
         self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
         self.call_ids: set[int] = set()
 
@@ -212,8 +212,7 @@ class ChunkEncoder(StreamEncoder):
         self._shape = shape
         self._head = shape.head()
         self._states = [
-            _ChoiceState(ChoiceReader(run.new_parser(index)), 0, shape.logprobs or 0)
-            for index in range(run.num_choices)
+            _ChoiceState(ChoiceReader(run.new_parser(index)), 0) for index in range(run.num_choices)
         ]
         self._num_open_tokens = 0
         self._started_s = time.monotonic()

@@ -47,12 +47,10 @@ class CompletionLogprobsBuilder:
 
     Args:
         offset: Where the first token stands.
-        num_top: How many alternatives were asked for.
     """
 
-    def __init__(self, offset: int, num_top: int) -> None:
+    def __init__(self, offset: int) -> None:
         self._offset = offset
-        self._num_top = num_top
 
     def build(self, logprobs: Iterable[TokenLogprob | None], first: str = "") -> CompletionLogprobs:
         """The log-probabilities of the next tokens.
@@ -72,7 +70,7 @@ class CompletionLogprobsBuilder:
         return CompletionLogprobs(
             tokens=tokens,
             token_logprobs=values,
-            top_logprobs=tops if self._num_top else None,
+            top_logprobs=tops,
             text_offset=offsets,
         )
 
