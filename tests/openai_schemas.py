@@ -30,6 +30,19 @@ def validator(name: str) -> Draft202012Validator:
 
 
 @functools.cache
+def properties(name: str) -> frozenset[str]:
+    """The names of the properties of a schema, and of those that it is made of."""
+    schema = _definitions()[name]
+    names = set(schema.get("properties", ()))
+    for part in (*schema.get("allOf", ()), *schema.get("anyOf", ())):
+        if "$ref" in part:
+            names |= properties(part["$ref"].removeprefix("#/$defs/"))
+        else:
+            names |= part.get("properties", {}).keys()
+    return frozenset(names)
+
+
+@functools.cache
 def _members_by_type(name: str) -> dict[str, str]:
     """Of a schema that is one of several: their names by what their ``type`` may be."""
     members: dict[str, str] = {}
