@@ -23,6 +23,8 @@ _COUNT = (0, math.inf)
 _RANGES: dict[str, tuple[float, float]] = {
     "server.port": (0, 65535),
     "server.max_body_bytes": (1, math.inf),
+    "server.body_timeout_s": (0.001, math.inf),
+    "server.max_connections": (0, math.inf),
     "server.drain_timeout_s": (0, math.inf),
     "server.reload_s": (0, math.inf),
     "server.max_unread_tokens": (1, math.inf),

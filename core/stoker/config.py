@@ -46,6 +46,10 @@ class ServerConfig(Section, frozen=True, kw_only=True):
             while there are none, and whoever has one of ``api_keys``.
         cors_origins: Origins that browsers may call from; ``*`` for any.
         max_body_bytes: Largest request body; larger ones get 413.
+        body_timeout_s: How long a client may take to send the head of a request, and how long it may send
+            less than 10 kB/s of a body; then it gets 408, and its connection is closed.
+        max_connections: Most connections at once, more get 503; 0 for as many as the process may open
+            files, but for 128.
         strict: Refuse unknown and unsupported request parameters instead of naming them in a header.
         grammar: Which grammar compiler makes outputs follow a schema; ``none`` for no such outputs.
         drain_timeout_s: How long running requests may finish after SIGTERM.
@@ -69,6 +73,8 @@ class ServerConfig(Section, frozen=True, kw_only=True):
     admins: list[str] = msgspec.field(default_factory=lambda: ["anonymous", "default"])
     cors_origins: list[str] = []
     max_body_bytes: int = 4 * 1024 * 1024
+    body_timeout_s: float = 30.0
+    max_connections: int = 0
     strict: bool = False
     grammar: str = "llguidance"
     drain_timeout_s: float = 30.0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from stoker.api.connection import HttpProtocol
+from stoker.api.connection import bounded_protocol
 from stoker.banner import print_banner
 from stoker.errors import ConfigError
 from stoker.logs import setup_logging
@@ -124,7 +124,7 @@ def serve(
                 host=config.server.host,
                 port=config.server.port,
                 loop="auto",
-                http=HttpProtocol,
+                http=bounded_protocol(config.server.body_timeout_s, config.server.max_connections),
                 lifespan="on",
                 log_config=None,
                 access_log=False,

@@ -16,7 +16,7 @@ import uvicorn
 import uvloop
 
 from stoker.api.app import build_app
-from stoker.api.connection import HttpProtocol
+from stoker.api.connection import bounded_protocol
 from stoker.config import Config, ModelConfig
 from stoker.discovery import load_plugins
 from stoker.server import Server, build_server
@@ -53,7 +53,13 @@ class Running:
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._uvicorn = uvicorn.Server(
-            uvicorn.Config(app, http=HttpProtocol, lifespan="on", log_config=None, access_log=False)
+            uvicorn.Config(
+                app,
+                http=bounded_protocol(config.server.body_timeout_s, config.server.max_connections),
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+            )
         )
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

@@ -15,6 +15,7 @@ from stoker.api.auth import KeyRing
 from stoker.api.errors import describe, error_body
 from stoker.api.in_process import CALLER, Caller
 from stoker.api.messages_errors import speaks_anthropic
+from stoker.api.slow_bodies import impatient
 from stoker.errors import RequestError
 from stoker.logs import CURRENT_REQUEST, RequestContext
 from stoker.tenants import ANONYMOUS
@@ -36,10 +37,12 @@ class Application(Litestar):
     Attributes:
         keys: Which API keys open it, and whose they are; may be replaced at any time.
         log_access: Whether to write a line for every request.
+        body_timeout_s: How long a client may be silent within a body.
     """
 
     keys: KeyRing = KeyRing()
     log_access: bool = False
+    body_timeout_s: float = 30.0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """ASGI entry point."""
@@ -90,6 +93,7 @@ class Application(Litestar):
                     context.tenant, context.priority = caller.tenant, caller.priority
                 else:
                     context.tenant = self._identify(scope)
+                    receive = impatient(receive, self.body_timeout_s)
             except RequestError as error:
                 await self._refuse(scope, tagged, error)
                 return

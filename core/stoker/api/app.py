@@ -107,6 +107,7 @@ def build_app(
         raise PluginConflictError(f"a plugin's routes cannot be served: {error}") from error
     app.keys = keys
     app.log_access = config.logging.access
+    app.body_timeout_s = config.server.body_timeout_s
     return app
 
 

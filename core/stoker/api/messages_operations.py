@@ -13,6 +13,8 @@ from litestar.openapi.spec import (
     Schema,
 )
 
+from stoker.api.openapi import OF_THE_REQUEST
+
 __all__ = ["messages_operation", "models_operation"]
 
 _STRING = Schema(type=OpenAPIType.STRING)
@@ -85,6 +87,7 @@ def messages_operation(request: str, response: str, *, streams: bool = False) ->
             if streams and success.content is not None:
                 success.description = "The answer; with `stream`, server-sent events of its parts"
                 success.content["text/event-stream"] = OpenAPIMediaType(schema=_EVENT)
+                success.links = dict(OF_THE_REQUEST)
             self.responses = {"200": success, "default": _json("An error", "MessagesErrorBody")}
 
     return MessagesOperation

@@ -179,7 +179,7 @@ _ASK_TO_EXPLAIN = Parameter(
     name="x-stoker-explain",
     param_in="header",
     description="`1` asks why the answer took as long as it did: see `RequestDetails`.",
-    schema=Schema(type=OpenAPIType.STRING, enum=["1", "true"]),
+    schema=_STRING,
 )
 _REQUEST_ID = Parameter(
     name="x-request-id",
