@@ -19,9 +19,12 @@ from stoker.api.run import Run
 from stoker.interfaces import CallPiece, Piece, ReasoningPiece
 from stoker.types import Delta, TokenLogprob
 
-__all__ = ["ChunkEncoder", "StreamEncoder", "StreamShape", "TextEncoder"]
+__all__ = ["KEEP_ALIVE", "ChunkEncoder", "StreamEncoder", "StreamShape", "TextEncoder"]
 
 _encode = msgspec.json.Encoder().encode
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which is sent in pauses."""
+
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -56,7 +59,7 @@ class StreamEncoder(ABC):
 
     def keep_alive(self) -> bytes:
         """What is sent in a pause; means nothing."""
-        return b": keep-alive\n\n"
+        return KEEP_ALIVE
 
     def error(self, error: Exception) -> bytes:
         """The end of a stream that failed."""

@@ -8,7 +8,7 @@ from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
 
 from stoker.api.connection import break_off
-from stoker.api.events import StreamEncoder
+from stoker.api.events import KEEP_ALIVE, StreamEncoder
 from stoker.api.requests import Explain
 from stoker.api.run import Run
 from stoker.errors import SlowReaderError
@@ -90,7 +90,15 @@ class EventStream(ASGIResponse):
     """
 
     __slots__ = (
-        *("_encoder", "_events", "_first", "_is_sending", "_keep_alive_s", "_num_sent"),
+        *(
+            "_encoder",
+            "_events",
+            "_first",
+            "_has_begun",
+            "_is_sending",
+            "_keep_alive_s",
+            "_num_sent",
+        ),
         *("_reader_timeout_s", "_run"),
     )
 
@@ -118,6 +126,7 @@ class EventStream(ASGIResponse):
         self._keep_alive_s = keep_alive_s
         self._num_sent = 0
         self._is_sending = False
+        self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -156,12 +165,13 @@ class EventStream(ASGIResponse):
     async def _send(self, send: Send) -> None:
         await self.start_response(send)
         if not self._first.done():
-            await self._send_chunk(send, self._encoder.keep_alive())
+            await self._send_chunk(send, KEEP_ALIVE)
         try:
             first = await self._first
         except Exception as error:  # noqa: BLE001 - too late for a status: whatever it is, it is told
             first = self._encoder.error(error)
         await self._send_chunk(send, first)
+        self._has_begun = True
         async for chunk in self._events:
             await self._send_chunk(send, chunk)
         self._is_sending = True  # for good
@@ -178,7 +188,8 @@ class EventStream(ASGIResponse):
         num_sent = -1
         while True:
             if num_sent == self._num_sent and num_sent and not self._is_sending:
-                pause = self._encoder.keep_alive()
+                # What the encoder has made is not sent yet, or nothing may come before it.
+                pause = self._encoder.keep_alive() if self._has_begun else KEEP_ALIVE
                 await send({"type": "http.response.body", "body": pause, "more_body": True})
             num_sent = self._num_sent
             await asyncio.sleep(self._keep_alive_s)

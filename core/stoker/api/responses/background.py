@@ -10,6 +10,7 @@ from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
 
 from stoker.api.connection import break_off
+from stoker.api.events import KEEP_ALIVE
 from stoker.api.responses.answer_schemas import Item
 from stoker.api.responses.builder import ResponseBuilder
 from stoker.api.responses.form import drive
@@ -25,7 +26,6 @@ logger = logging.getLogger("stoker.responses")
 
 _MAX_EVENT_BYTES = 16 * 2**20  # of one response; who follows a longer one is told to poll
 _MAX_UNKEPT = 100  # responses that are over and could not be stored
-_KEEP_ALIVE = b": keep-alive\n\n"
 _TOO_LONG = b": this response has become too long to be followed; ask for it without stream\n\n"
 _ENDED = frozenset({"completed", "incomplete", "failed", "cancelled"})
 
@@ -277,7 +277,7 @@ class JobStream(ASGIResponse):
             done, _ = await asyncio.wait((following,), timeout=self._keep_alive_s or None)
             if done:
                 return following.result()
-            await self._chunk(send, _KEEP_ALIVE)
+            await self._chunk(send, KEEP_ALIVE)
 
     async def _chunk(self, send: Send, chunk: bytes) -> None:
         async with asyncio.timeout(self._reader_timeout_s or None):
