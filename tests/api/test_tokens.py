@@ -28,6 +28,16 @@ def ask(client: httpx.Client, path: str, **fields: Any) -> Any:
     return response.json()
 
 
+def test_what_harnesses_ask_of_a_tokenizer(client: httpx.Client) -> None:
+    info = client.get("/tokenizer_info").json()
+    assert (info["model"], info["bos_token"], info["eos_token"]) == (MODEL, "<|begin|>", "<|end|>")
+    assert info["model_max_length"] == 1024
+    assert info["chat_template"]
+    assert client.get("/tokenizer_info", params={"model": MODEL}).json() == info
+    missing = client.get("/tokenizer_info", params={"model": "another"})
+    assert (missing.status_code, missing.json()["error"]["param"]) == (404, "model")
+
+
 @pytest.mark.parametrize(
     ("fields", "tokens"),
     [

@@ -59,6 +59,7 @@ from stoker.api.token_schemas import (
     DetokenizeRequest,
     Tokenization,
     TokenizeRequest,
+    TokenizerInfo,
 )
 from stoker.router import Health
 
@@ -80,7 +81,7 @@ _BODIES = (
     ChatRequest, ChatCompletion, CompletionRequest, Completion, ModelList, EngineList, Health, Readiness,
     ErrorBody, RequestList, RequestDetails, CancelledRequest, CacheList,
     ClearedCache, EmbeddingRequest, EmbeddingList, RerankRequest, Rerank, TokenizeRequest, Tokenization,
-    DetokenizeRequest, Detokenization, AppliedTemplate,
+    DetokenizeRequest, Detokenization, AppliedTemplate, TokenizerInfo,
     ResponseRequest, ResponseObject, DeletedResponse, ItemList, InputTokensRequest, InputTokens,
     MessagesRequest, MessagesPrompt, Message, CountedTokens, MessagesModelList, MessagesModel,
     MessagesErrorBody,

@@ -14,6 +14,7 @@ __all__ = [
     "TokenPiece",
     "Tokenization",
     "TokenizeRequest",
+    "TokenizerInfo",
 ]
 
 
@@ -98,3 +99,23 @@ class AppliedTemplate(msgspec.Struct, kw_only=True):
     """The answer of ``POST /apply-template``: the text of the prompt that the messages become."""
 
     prompt: str
+
+
+class TokenizerInfo(msgspec.Struct, kw_only=True):
+    """The answer of ``GET /tokenizer_info``, in vLLM's words; evaluation harnesses ask for it.
+
+    Attributes:
+        model: The model.
+        bos_token: The text of the token that texts begin with; ``null`` if there is none.
+        eos_token: The text of the token that ends an answer; ``null`` if there is none.
+        chat_template: The Jinja template that comes with the model; ``null`` if none does.
+        model_max_length: Most tokens of prompt and answer together.
+        vocab_size: How many tokens there are.
+    """
+
+    model: str
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+    model_max_length: int
+    vocab_size: int

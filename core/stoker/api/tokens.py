@@ -1,4 +1,4 @@
-"""``POST /tokenize``, ``/detokenize`` and ``/apply-template``: what a model's tokens are, and its prompts."""
+"""``/tokenize``, ``/detokenize``, ``/apply-template``, ``/tokenizer_info``: a model's tokens and prompts."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -6,14 +6,15 @@ from functools import partial
 from typing import TypeVar
 
 import msgspec
-from litestar import post
+from litestar import get, post
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromQuery
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
 from stoker.api.body import BodyDecoder, read_json_body
 from stoker.api.incoming import AnyRequest, current_request_id, default_model, visible_headers
-from stoker.api.openapi import body_operation
+from stoker.api.openapi import body_operation, json_operation
 from stoker.api.parameters import CHAT_FIELDS, KnownFields, check_parameters
 from stoker.api.request_schemas import ChatRequest
 from stoker.api.token_schemas import (
@@ -22,6 +23,7 @@ from stoker.api.token_schemas import (
     DetokenizeRequest,
     Tokenization,
     TokenizeRequest,
+    TokenizerInfo,
     TokenPiece,
 )
 from stoker.api.validation import chat_calls
@@ -57,7 +59,12 @@ def token_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         config: Limits and strictness.
         router: What knows the models.
     """
-    return [_tokenize(config, router), _detokenize(config, router), _apply_template(config, router)]
+    return [
+        _tokenize(config, router),
+        _detokenize(config, router),
+        _apply_template(config, router),
+        _tokenizer_info(router),
+    ]
 
 
 def _tokenize(config: Config, router: Router) -> HTTPRouteHandler:
@@ -143,6 +150,29 @@ def _apply_template(config: Config, router: Router) -> HTTPRouteHandler:
         return _json(msgspec.json.encode(AppliedTemplate(prompt=prompt)), headers)
 
     return apply_template
+
+
+def _tokenizer_info(router: Router) -> HTTPRouteHandler:
+    @get(
+        "/tokenizer_info",
+        summary="The tokenizer of a model",
+        tags=["tokens"],
+        operation_id="tokenizer_info",
+        operation_class=json_operation("TokenizerInfo"),
+    )
+    async def tokenizer_info(model: FromQuery[str | None] = None) -> ASGIApp:
+        served = _served(router, model)
+        info = TokenizerInfo(
+            model=served.model_id,
+            bos_token=served.info.bos_token or None,
+            eos_token=served.info.eos_token or None,
+            chat_template=served.info.chat_template,
+            model_max_length=served.info.context_length,
+            vocab_size=served.info.vocab_size,
+        )
+        return _json(msgspec.json.encode(info), {})
+
+    return tokenizer_info
 
 
 def _served(router: Router, model: str | None) -> ServedModel:

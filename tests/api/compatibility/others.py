@@ -108,6 +108,13 @@ def templates(client: httpx.Client) -> None:
     assert post(client, "/tokenize", messages=messages, tools=tools)["count"] > count
 
 
+@serves("GET /tokenizer_info", "model")
+def tokenizer_info(client: httpx.Client) -> None:
+    info = client.get("/tokenizer_info", params={"model": MODEL}).json()
+    (end,) = post(client, "/tokenize", content=info["eos_token"])["tokens"]
+    assert post(client, "/detokenize", tokens=[end])["content"] == info["eos_token"]
+
+
 @serves("POST /v1/messages/count_tokens", "messages system tools")
 @serves("POST /v1/responses/input_tokens", "input instructions tools")
 def counts(client: httpx.Client) -> None:
