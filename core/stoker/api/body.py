@@ -1,6 +1,8 @@
 """Request bodies: read within limits, decoded with errors that name the field."""
 
+import asyncio
 import re
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -12,6 +14,9 @@ from stoker.errors import InvalidRequestError, RequestTooLargeError
 __all__ = ["BodyDecoder", "read_json_body"]
 
 T = TypeVar("T")
+Check = Callable[[dict[str, msgspec.Raw]], dict[str, str]]
+
+_LARGE_BODY = 64 * 1024
 
 # The start of a surrogate pair's escape without the other half, or the other half without a start.
 _LONE_SURROGATE = re.compile(
@@ -82,6 +87,31 @@ class BodyDecoder(Generic[T]):
     def __init__(self, kind: type[T]) -> None:
         self._typed = msgspec.json.Decoder(kind)
         self._raw = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+    async def read(
+        self, request: Request[Any, Any, Any], max_bytes: int, check: Check
+    ) -> tuple[T, dict[str, str]]:
+        """A request's body, and what ``check`` makes of its fields: the headers of the answer.
+
+        Args:
+            request: The request.
+            max_bytes: Largest body.
+            check: Looks at all fields, undecoded.
+
+        Raises:
+            RequestTooLargeError: It is larger than ``max_bytes``; no more than that was kept.
+            InvalidRequestError: It cannot be decoded, or ``check`` says so.
+            ClientDisconnectedError: The client went away before its end.
+        """
+        body = await read_json_body(request, max_bytes)
+        if len(body) <= _LARGE_BODY:
+            return self._decode_and_check(body, check)
+        # Half a second for a hundred thousand little things; others are to be served meanwhile.
+        return await asyncio.to_thread(self._decode_and_check, body, check)
+
+    def _decode_and_check(self, body: bytes, check: Check) -> tuple[T, dict[str, str]]:
+        decoded, raw = self.decode(body)
+        return decoded, check(raw)
 
     def decode(self, body: bytes) -> tuple[T, dict[str, msgspec.Raw]]:
         """The struct, and all fields of the body undecoded: also those the struct does not know.

@@ -1,6 +1,7 @@
 """``POST /v1/chat/completions`` and ``POST /v1/completions``."""
 
 import time
+from functools import partial
 
 from litestar import post
 from litestar.handlers import HTTPRouteHandler
@@ -9,7 +10,7 @@ from litestar.types import ASGIApp
 from stoker import __version__
 from stoker.api.answering import AnswerForm, answer
 from stoker.api.bodies import chat_body, completion_body
-from stoker.api.body import BodyDecoder, read_json_body
+from stoker.api.body import BodyDecoder
 from stoker.api.choices import collect
 from stoker.api.events import ChunkEncoder, StreamEncoder, StreamShape, TextEncoder
 from stoker.api.incoming import AnyRequest, current_request_id, default_model, visible_headers
@@ -47,8 +48,8 @@ def completion_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         operation_class=generation_operation("ChatRequest", "ChatCompletion"),
     )
     async def chat_completions(request: AnyRequest) -> ASGIApp:
-        body, raw = _chat_decoder.decode(await read_json_body(request, limit))
-        headers = check_parameters(raw, CHAT_FIELDS, strict=config.server.strict)
+        check = partial(check_parameters, known=CHAT_FIELDS, strict=config.server.strict)
+        body, headers = await _chat_decoder.read(request, limit, check)
         calls = chat_calls(
             body, config, default_model(router), current_request_id(), visible_headers(request)
         )
@@ -64,8 +65,8 @@ def completion_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         operation_class=generation_operation("CompletionRequest", "Completion"),
     )
     async def completions(request: AnyRequest) -> ASGIApp:
-        body, raw = _completion_decoder.decode(await read_json_body(request, limit))
-        headers = check_parameters(raw, COMPLETION_FIELDS, strict=config.server.strict)
+        check = partial(check_parameters, known=COMPLETION_FIELDS, strict=config.server.strict)
+        body, headers = await _completion_decoder.read(request, limit, check)
         calls = completion_calls(
             body, config, default_model(router), current_request_id(), visible_headers(request)
         )

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -12,7 +13,7 @@ from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 from numpy.typing import NDArray
 
-from stoker.api.body import BodyDecoder, read_json_body
+from stoker.api.body import BodyDecoder
 from stoker.api.embedding_schemas import (
     Embedding,
     EmbeddingList,
@@ -90,8 +91,8 @@ def embedding_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         operation_class=body_operation("EmbeddingRequest", "EmbeddingList"),
     )
     async def embeddings(request: AnyRequest) -> ASGIApp:
-        body, raw = _embedding_decoder.decode(await read_json_body(request, limit))
-        headers = check_parameters(raw, _EMBEDDING_FIELDS, strict=strict)
+        check = partial(check_parameters, known=_EMBEDDING_FIELDS, strict=strict)
+        body, headers = await _embedding_decoder.read(request, limit, check)
         inputs, names = _inputs(body.input)
         call = _call(router, request, body, "embedding", inputs, names)
         call.dimensions = body.dimensions
@@ -108,8 +109,8 @@ def embedding_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         return await _answer(config, router, request, call, headers, answer)
 
     async def rerank(request: AnyRequest) -> ASGIApp:
-        body, raw = _rerank_decoder.decode(await read_json_body(request, limit))
-        headers = check_parameters(raw, _RERANK_FIELDS, strict=strict)
+        check = partial(check_parameters, known=_RERANK_FIELDS, strict=strict)
+        body, headers = await _rerank_decoder.read(request, limit, check)
         texts = [item if isinstance(item, str) else item.text for item in body.documents]
         names = ["query", *(_document_name(i, item) for i, item in enumerate(body.documents))]
         _check_count(len(names), "documents", _MAX_INPUTS)

@@ -1,6 +1,7 @@
 """``POST /v1/messages`` and ``POST /v1/messages/count_tokens``: Anthropic's API."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
 from stoker.api.answering import AnswerForm, answer
-from stoker.api.body import BodyDecoder, read_json_body
+from stoker.api.body import BodyDecoder
 from stoker.api.errors import describe
 from stoker.api.events import StreamEncoder
 from stoker.api.incoming import AnyRequest, current_request_id, default_model, visible_headers
@@ -51,8 +52,8 @@ def messages_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         operation_class=messages_operation("MessagesRequest", "Message", streams=True),
     )
     async def create_message(request: AnyRequest) -> ASGIApp:
-        body, raw = _request_decoder.decode(await read_json_body(request, limit))
-        headers = check_parameters(raw, MESSAGES_FIELDS, strict=strict)
+        check = partial(check_parameters, known=MESSAGES_FIELDS, strict=strict)
+        body, headers = await _request_decoder.read(request, limit, check)
         call = messages_call(
             body, config, default_model(router), current_request_id(), visible_headers(request)
         )
@@ -67,8 +68,8 @@ def messages_routes(config: Config, router: Router) -> list[HTTPRouteHandler]:
         operation_class=messages_operation("MessagesPrompt", "CountedTokens"),
     )
     async def count_tokens(request: AnyRequest) -> ASGIApp:
-        body, raw = _prompt_decoder.decode(await read_json_body(request, limit))
-        headers = check_parameters(raw, COUNT_FIELDS, strict=strict)
+        check = partial(check_parameters, known=COUNT_FIELDS, strict=strict)
+        body, headers = await _prompt_decoder.read(request, limit, check)
         call = messages_call(
             body, config, default_model(router), current_request_id(), visible_headers(request)
         )

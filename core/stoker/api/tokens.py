@@ -12,7 +12,7 @@ from litestar.params import FromQuery
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
-from stoker.api.body import BodyDecoder, read_json_body
+from stoker.api.body import BodyDecoder
 from stoker.api.incoming import AnyRequest, current_request_id, default_model, visible_headers
 from stoker.api.openapi import body_operation, json_operation
 from stoker.api.parameters import CHAT_FIELDS, KnownFields, check_parameters
@@ -77,10 +77,8 @@ def _tokenize(config: Config, router: Router) -> HTTPRouteHandler:
         operation_class=body_operation("TokenizeRequest", "Tokenization"),
     )
     async def tokenize(request: AnyRequest) -> ASGIApp:
-        body, raw = _tokenize_decoder.decode(
-            await read_json_body(request, config.server.max_body_bytes)
-        )
-        headers = check_parameters(raw, _TOKENIZE_FIELDS, strict=config.server.strict)
+        check = partial(check_parameters, known=_TOKENIZE_FIELDS, strict=config.server.strict)
+        body, headers = await _tokenize_decoder.read(request, config.server.max_body_bytes, check)
         text, add_special = _what_to_tokenize(body)
         served = _served(router, body.model)
         tokenizer = router.tokenizer(served.model_id)
@@ -119,10 +117,8 @@ def _detokenize(config: Config, router: Router) -> HTTPRouteHandler:
         operation_class=body_operation("DetokenizeRequest", "Detokenization"),
     )
     async def detokenize(request: AnyRequest) -> ASGIApp:
-        body, raw = _detokenize_decoder.decode(
-            await read_json_body(request, config.server.max_body_bytes)
-        )
-        headers = check_parameters(raw, _DETOKENIZE_FIELDS, strict=config.server.strict)
+        check = partial(check_parameters, known=_DETOKENIZE_FIELDS, strict=config.server.strict)
+        body, headers = await _detokenize_decoder.read(request, config.server.max_body_bytes, check)
         served = _served(router, body.model)
         tokenizer = router.tokenizer(served.model_id)
         decode = partial(_text_of, tokenizer, body.tokens, served.info.vocab_size)
@@ -142,10 +138,8 @@ def _apply_template(config: Config, router: Router) -> HTTPRouteHandler:
         operation_class=body_operation("ChatRequest", "AppliedTemplate"),
     )
     async def apply_template(request: AnyRequest) -> ASGIApp:
-        body, raw = _chat_decoder.decode(
-            await read_json_body(request, config.server.max_body_bytes)
-        )
-        headers = check_parameters(raw, CHAT_FIELDS, strict=config.server.strict)
+        check = partial(check_parameters, known=CHAT_FIELDS, strict=config.server.strict)
+        body, headers = await _chat_decoder.read(request, config.server.max_body_bytes, check)
         prompt = await router.render(_call(config, router, body, request))
         return _json(msgspec.json.encode(AppliedTemplate(prompt=prompt)), headers)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,6 +61,7 @@ _TEMPLATE = (
 )
 # The bytes it writes: hash -> letter. Some are spaces, so that text looks like words.
 _LETTERS = np.frombuffer(b"etaoin shrdlu cmfwyp vbgkjq xz etaoin shrdlu", np.uint8).astype(np.int64)
+_CONTROL = re.compile("(" + "|".join(map(re.escape, _SPECIAL)) + ")")
 _MULTIPLIER = np.uint64(6364136223846793005)  # Knuth's MMIX linear congruential generator
 _INCREMENT = np.uint64(1442695040888963407)
 _WHOLE_BLOCK = 1 << 20  # above every token id
@@ -78,16 +80,14 @@ class ScriptedTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """One token per byte, or per control token where those are parsed."""
         tokens = [_SPECIAL["<|begin|>"]] if add_special else []
-        rest = text
-        while parse_special and rest:
-            found = [(at, name) for name in _SPECIAL if (at := rest.find(name)) >= 0]
-            if not found:
-                break
-            at, name = min(found)
-            tokens += rest[:at].encode()
-            tokens.append(_SPECIAL[name])
-            rest = rest[at + len(name) :]
-        return tokens + list(rest.encode())
+        if not parse_special:
+            return tokens + list(text.encode())
+        for part in _CONTROL.split(text):
+            if part in _SPECIAL:
+                tokens.append(_SPECIAL[part])
+            else:
+                tokens += part.encode()
+        return tokens
 
     def token_bytes(self, token_id: int) -> bytes:
         """The byte; nothing for a control token."""

@@ -1,13 +1,14 @@
 """``POST /v1/responses``."""
 
 import asyncio
+from functools import partial
 
 import msgspec
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
 from stoker.api.answering import answer, begin
-from stoker.api.body import BodyDecoder, read_json_body
+from stoker.api.body import BodyDecoder
 from stoker.api.incoming import AnyRequest, current_tenant, merged_headers
 from stoker.api.responses.answer_schemas import ResponseObject
 from stoker.api.responses.background import BackgroundJob, BackgroundJobs, JobStream
@@ -57,10 +58,9 @@ class Creator:
     async def create(self, request: AnyRequest) -> ASGIApp:
         """Answer a request for a response."""
         strict = self._config.server.strict
-        body, raw = _decoder.decode(
-            await read_json_body(request, self._config.server.max_body_bytes)
-        )
-        headers = check_fields(raw, strict=strict)
+        check = partial(check_fields, strict=strict)
+        limit = self._config.server.max_body_bytes
+        body, headers = await _decoder.read(request, limit, check)
         check_include(body.include, headers, strict=strict)
         check_options(body)
         prepared = await self._preparer.prepare(request, body)

@@ -1,5 +1,7 @@
 """``/v1/responses``: create, retrieve, follow, cancel, delete, list what went in, count its tokens."""
 
+from functools import partial
+
 import msgspec
 from litestar import delete, get, post
 from litestar.handlers import HTTPRouteHandler
@@ -7,7 +9,7 @@ from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
-from stoker.api.body import BodyDecoder, read_json_body
+from stoker.api.body import BodyDecoder
 from stoker.api.incoming import AnyRequest, current_tenant
 from stoker.api.openapi import generation_operation, json_operation
 from stoker.api.responses.answer_schemas import (
@@ -167,10 +169,10 @@ class Responses:
 
     async def count_tokens(self, request: AnyRequest) -> ASGIApp:
         """How many tokens a response's prompt would have."""
-        body, raw = _token_decoder.decode(
-            await read_json_body(request, self._config.server.max_body_bytes)
+        check = partial(check_token_fields, strict=self._config.server.strict)
+        body, headers = await _token_decoder.read(
+            request, self._config.server.max_body_bytes, check
         )
-        headers = check_token_fields(raw, strict=self._config.server.strict)
         prepared = await self._preparer.prepare(request, body)
         with in_own_words(prepared.turns, has_instructions=bool(body.instructions)):
             counted = InputTokens(input_tokens=await self._preparer.count(prepared.call))
