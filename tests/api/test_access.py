@@ -291,6 +291,7 @@ async def misbehave(what: FromPath[str]) -> dict[str, str]:
     return {"what": what}
 
 
+@pytest.mark.slow
 def test_errors_of_plugin_routes(
     start_server: Callable[..., Running], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -94,6 +94,7 @@ def office(running: Running) -> Office:
     return Office(running, "sk-of-a")
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_its_requests_would(office: Office) -> None:
     batch = office.submit(line(i) for i in range(50))
     assert batch.status == "validating"
@@ -388,6 +389,7 @@ def test_requests_of_a_batch_make_way_for_others_and_are_run_again(slow: Running
         assert text == slow.expected(f"prompt {i}", 300)
 
 
+@pytest.mark.slow
 def test_batches_take_turns(slow: Running) -> None:
     office = Office(slow)
     long = office.submit(line(i, max_tokens=40) for i in range(120))

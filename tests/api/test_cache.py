@@ -119,6 +119,7 @@ def test_without_keys_everybody_is_an_administrator(server: Running) -> None:
     assert [tier["tier"] for tier in answer["data"][0]["tiers"]] == ["lane"]
 
 
+@pytest.mark.slow
 def test_the_document_describes_it(server: Running) -> None:
     document = httpx.get(f"{server.url}/schema/openapi.json").json()
     assert set(document["paths"]["/v1/cache"]) == {"get", "delete"}

@@ -389,6 +389,7 @@ def check_strange(quick: Running, request: bytes) -> None:
         assert b'"error"' in body, answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "identity, gzip"]
 )

@@ -222,6 +222,7 @@ def test_clients_of_both_kinds_at_once(server: Running) -> None:
     server.wait_until_idle()
 
 
+@pytest.mark.slow
 async def test_a_client_that_goes_away_is_not_embedded_for(
     start_server: Callable[..., Running],
 ) -> None:

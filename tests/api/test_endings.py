@@ -124,6 +124,7 @@ def test_failing_runtime_ends_a_stream_with_an_error_event(server: Running) -> N
 # --------------------------------------------------------------------------- servers that stop
 
 
+@pytest.mark.slow
 def test_shutdown_tells_the_clients(start_server: Callable[..., Running]) -> None:
     server = start_server({"step_s": 0.02}, server={"drain_timeout_s": 0.05})
     answers: dict[str, httpx.Response] = {}
@@ -158,6 +159,7 @@ def test_shutdown_tells_the_clients(start_server: Callable[..., Running]) -> Non
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_shutdown"
 
 
+@pytest.mark.slow
 def test_full_queue_is_a_429_with_retry_after(start_server: Callable[..., Running]) -> None:
     admission = {"max_queue_requests": 2}
     server = start_server({"step_s": 0.02}, admission=admission, plugins={"queue-limit": {}})

@@ -67,6 +67,7 @@ def on_disk(files: Running) -> set[str]:
     return {path.name for path in (Path(options["directory"]) / "files").iterdir()}
 
 
+@pytest.mark.slow
 def test_nothing_is_made_on_disk_before_it_is_needed(
     start_server: Callable[..., Running], tmp_path: Path
 ) -> None:

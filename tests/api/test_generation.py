@@ -362,6 +362,7 @@ def test_openai_client(server: Running) -> None:
         assert wrong.value.param == "temperature"
 
 
+@pytest.mark.slow
 async def test_async_openai_clients_side_by_side(server: Running) -> None:
     async with openai.AsyncOpenAI(
         base_url=f"{server.url}/v1", api_key="unused", max_retries=0

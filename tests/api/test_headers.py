@@ -112,6 +112,7 @@ def test_browsers_may_read_them(start_server: Callable[..., Running]) -> None:
     } <= exposed  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tenant", "asked", "priority", "warning"),
     [

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx
 import pytest
 
 if TYPE_CHECKING:
+    import anthropic
+
     from conftest import Running
 
 MODEL = "org/scripted"
@@ -21,6 +22,8 @@ BODY = {"model": MODEL, "max_tokens": 6, "messages": HI, "temperature": 0}
 
 @pytest.fixture
 def official(server: Running) -> Iterator[anthropic.Anthropic]:
+    import anthropic  # its import takes seconds, and is not needed to collect tests
+
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as official:
         yield official
 
@@ -290,6 +293,8 @@ def test_parse(official: anthropic.Anthropic) -> None:
 
 
 async def test_async_client(server: Running) -> None:
+    import anthropic  # its import takes seconds, and is not needed to collect tests
+
     async with anthropic.AsyncAnthropic(
         base_url=server.url, auth_token="none", max_retries=0
     ) as official:
@@ -314,6 +319,8 @@ async def test_async_client(server: Running) -> None:
 
 
 def test_models(official: anthropic.Anthropic, client: httpx.Client) -> None:
+    import anthropic  # its import takes seconds, and is not needed to collect tests
+
     (model,) = official.models.list()
     assert (model.id, model.type, model.display_name) == (MODEL, "model", MODEL)
     assert official.models.retrieve(MODEL) == model
@@ -324,6 +331,8 @@ def test_models(official: anthropic.Anthropic, client: httpx.Client) -> None:
 
 
 def test_pages_of_models(start_server: Any) -> None:
+    import anthropic  # its import takes seconds, and is not needed to collect tests
+
     models = [{"model": f"scripted:m{i}", "lanes": 1, "context": 64} for i in range(5)]
     server = start_server(models=models)
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as official:
@@ -337,6 +346,8 @@ def test_pages_of_models(start_server: Any) -> None:
 
 @pytest.mark.slow
 def test_pings_in_pauses(start_server: Any) -> None:
+    import anthropic  # its import takes seconds, and is not needed to collect tests
+
     server = start_server({"step_s": 0.3}, server={"keep_alive_s": 0.05})
     body = BODY | {"max_tokens": 3, "stream": True}
     raw = httpx.post(f"{server.url}{PATH}", json=body, timeout=60).text

@@ -313,6 +313,7 @@ def test_a_server_that_stops(start_server: Any) -> None:
     assert int(response.headers["retry-after"]) >= 1
 
 
+@pytest.mark.slow
 def test_deadlines_and_full_queues(start_server: Any) -> None:
     server = start_server({"step_s": 0.02}, admission={"request_timeout_s": 0.2})
     body = BODY | {"max_tokens": 900}

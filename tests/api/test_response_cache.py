@@ -180,6 +180,7 @@ def test_a_hit_is_a_request_like_any_other(cached: Running) -> None:
     assert counted(cached, "stoker_response_cache_evictions_total") == 0
 
 
+@pytest.mark.slow
 def test_hits_count_as_requests_and_as_tokens(start_server: Callable[..., Running]) -> None:
     limits = {"name": "*", "requests_per_minute": 3, "tokens_per_minute": 1000}
     limited = start_server(plugins={"response-cache": {}}, tenants=[limits])

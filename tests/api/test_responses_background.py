@@ -58,6 +58,7 @@ def wait(client: httpx.Client, response_id: str, *statuses: str) -> dict[str, An
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_it_runs_on_and_is_polled(slow_client: httpx.Client) -> None:
     response = begin(slow_client, max_output_tokens=60)
     running = wait(slow_client, response["id"], "in_progress")
@@ -178,6 +179,7 @@ def test_one_that_fails_says_so(start_server: Callable[..., Running]) -> None:
     server.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_what_runs_when_a_server_stops_has_failed(
     start_server: Callable[..., Running], tmp_path: Path
 ) -> None:
@@ -197,6 +199,7 @@ def test_what_runs_when_a_server_stops_has_failed(
         create(client, previous_response_id=whole["id"])
 
 
+@pytest.mark.slow
 def test_one_that_cannot_be_stored_at_its_end_is_still_found(
     start_server: Callable[..., Running],
 ) -> None:

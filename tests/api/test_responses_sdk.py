@@ -29,6 +29,7 @@ def sdk(server: Running) -> Iterator[openai.OpenAI]:
         yield client
 
 
+@pytest.mark.slow
 def test_create_retrieve_follow_delete(sdk: openai.OpenAI) -> None:
     first = sdk.responses.create(
         model=MODEL,
@@ -66,6 +67,7 @@ def test_create_retrieve_follow_delete(sdk: openai.OpenAI) -> None:
     assert sdk.responses.input_tokens.count(model=MODEL, input="hi").input_tokens == 6
 
 
+@pytest.mark.slow
 def test_stream_helper(sdk: openai.OpenAI) -> None:
     whole = sdk.responses.create(
         model=MODEL, input="hi", max_output_tokens=200, temperature=0, extra_body={"stop": " "}
@@ -146,6 +148,7 @@ def test_background(sdk: openai.OpenAI) -> None:
     assert sdk.responses.cancel(response_id).status == "incomplete"
 
 
+@pytest.mark.slow
 async def test_async(start_server: Callable[..., Running]) -> None:
     server = start_server({"step_s": 0.004})
     async with openai.AsyncOpenAI(

@@ -69,6 +69,7 @@ def test_the_stream_of_a_drafted_text_is_the_text(start_server: Callable[..., Ru
     assert len(events) < 60
 
 
+@pytest.mark.slow
 def test_it_can_be_switched_off(start_server: Callable[..., Running]) -> None:
     server = start_server(PERIOD, speculation={"method": "none"})
     text, trace = complete(server)

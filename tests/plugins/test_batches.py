@@ -269,6 +269,7 @@ async def test_usage_is_summed_up_under_either_name(tmp_path: Path) -> None:
     assert usage.output_tokens_details.reasoning_tokens == 5
 
 
+@pytest.mark.slow
 async def test_no_more_than_allowed_at_once_and_one_lane_stays_free(tmp_path: Path) -> None:
     bench = Bench(Context(lanes=4), tmp_path / "1", concurrency=2)
     async with bench.runner.service():

@@ -155,6 +155,7 @@ def test_percentiles_agree_with_numpys(gaps: list[list[float]]) -> None:
     assert found.output_tokens == sum(map(len, gaps))
 
 
+@pytest.mark.slow
 @given(st.lists(st.one_of(st.none(), st.just(math.nan), st.floats(0.1, 1e6))))
 def test_a_spread_holds_its_values(values: list[float | None]) -> None:
     known = [value for value in values if value is not None and not math.isnan(value)]

@@ -54,6 +54,7 @@ def pieces(data: bytes, cuts: list[int]) -> Iterator[bytes]:
         yield data[start:end]
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=6),
     cuts=st.lists(st.integers(0, 2000), max_size=40),

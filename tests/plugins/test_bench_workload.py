@@ -178,6 +178,7 @@ def test_azure_times_are_exact(tmp_path: Path) -> None:
     assert second.timestamp == pytest.approx(52.0, abs=1e-3)
 
 
+@pytest.mark.slow
 @given(
     ids=st.lists(st.integers(0, 20), min_size=1, max_size=6, unique=True),
     shared=st.integers(0, 6),

@@ -68,6 +68,7 @@ def test_coverage_is_what_the_page_says() -> None:
     assert table() in PAGE.read_text(), "run: python tests/plugins/test_schema_suite.py"
 
 
+@pytest.mark.slow
 def test_not_strict_takes_more_and_tells_what_is_left_out() -> None:
     more = []
     for entry in SCHEMAS:

@@ -146,6 +146,7 @@ def test_calls_are_required_and_nothing_else(case: str) -> None:
         assert not tokens.accepts(named, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IDS)
 def test_text_is_free_until_a_call_begins(case: str) -> None:
     form, _, one, two, others = CASES[case]

@@ -192,6 +192,7 @@ def test_rounds_scale_in_length_and_not_in_number() -> None:
     assert Round(1, shared_tokens=0).scaled(2).shared_tokens == 0
 
 
+@pytest.mark.slow
 def test_the_worker_leaves_no_core_file_and_goes_first_when_memory_runs_out() -> None:
     """In a child: the limits would stay with the process that runs the tests."""
     code = (

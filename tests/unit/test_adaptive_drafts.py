@@ -172,6 +172,7 @@ class Guesser(Drafter):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share_right", "cost_s"), [(0.95, 0.0003), (0.2, 0.001), (0.9, 0.02)])
 def test_a_drafter_that_costs_time_is_never_a_loss(share_right: float, cost_s: float) -> None:
     plain, _ = Machine(None, period=0).serve([WORDS], 800)

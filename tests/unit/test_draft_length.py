@@ -123,6 +123,7 @@ def test_acceptance_forgets_and_starts_from_its_prior() -> None:
     assert acceptance.rate() == before
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=30))
 def test_acceptance_at_once_is_acceptance_one_by_one(trials: list[tuple[int, bool]]) -> None:
     together, single = Acceptance(10.0), Acceptance(10.0)

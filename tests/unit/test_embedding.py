@@ -370,6 +370,7 @@ EVENTS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(events=st.lists(EVENTS, min_size=1, max_size=25), budget=st.integers(8, 300))
 def test_any_interleaving(events: list[Event], budget: int) -> None:

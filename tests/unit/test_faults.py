@@ -227,6 +227,7 @@ class AnyKey(dict[int, Any]):
         return self.share
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "kind"), [(method, kind) for method, kinds in GARBAGE.items() for kind in kinds]
 )
@@ -483,6 +484,7 @@ def test_one_that_never_finds_room_fails_in_the_end_although_the_policy_lets_it_
     assert_idle(harness)
 
 
+@pytest.mark.slow
 def test_kv_exhausted_in_decode_preempts_and_everybody_gets_their_text() -> None:
     records = Records()
     harness = faulty(lambda _: None, records, kv_capacity_tokens=300)

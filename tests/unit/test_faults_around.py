@@ -220,6 +220,7 @@ async def test_readers_that_come_and_go_at_random_leave_nothing_behind(fleet: Fl
     await fleet.assert_serves()
 
 
+@pytest.mark.slow
 async def test_models_that_fail_now_and_then_do_not_disturb_each_other(fleet: Fleet) -> None:
     """Every step of several sequences of ``a`` fails; ``b`` is not touched by it."""
 
@@ -319,6 +320,7 @@ class Faulty(Middleware):
             raise ZeroDivisionError("a bug in the middleware")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "error"),
     [

@@ -105,6 +105,7 @@ def test_typical_keeps_the_least_surprising_about_the_mean(
     assert len(set(kept.tolist()) ^ set(expected)) <= (abs(total - mass) < 1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 12), threshold=st.floats(1e-6, 0.5))
 def test_xtc_keeps_the_least_likely_of_the_likely(seed: int, size: int, threshold: float) -> None:
@@ -118,6 +119,7 @@ def test_xtc_keeps_the_least_likely_of_the_likely(seed: int, size: int, threshol
     assert (list(range(size)) if kept is None else kept.tolist()) == expected
 
 
+@pytest.mark.slow
 def test_xtc_applies_as_often_as_it_should_and_independently_of_the_draw() -> None:
     logits = np.log(np.array([[0.5, 0.3, 0.2]], np.float32))
     seq = sequence([1], xtc_probability=0.4, xtc_threshold=0.25)
@@ -154,6 +156,7 @@ def test_ends_are_forbidden_until_min_tokens() -> None:
 # --------------------------------------------------------------------------- with drafts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [

@@ -170,6 +170,7 @@ NEWCOMERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEWCOMERS)
 def test_the_end_of_a_newcomer_is_foreseen_too(name: str) -> None:
     load, (prompt, output) = NEWCOMERS[name]

@@ -55,6 +55,7 @@ def visit(lanes: LanePool, tokens: list[int]) -> int:
     return lane
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 3), max_size=20), st.lists(st.integers(0, 3), max_size=20))
 def test_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
     n = common_prefix(np.array(a, np.int32), np.array(b, np.int32))

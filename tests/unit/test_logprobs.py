@@ -47,6 +47,7 @@ def last(request: Submitted) -> Delta:
 # --------------------------------------------------------------------------- the numbers
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32), vocab=st.sampled_from([3, 50, 3000]), num_top=st.integers(0, 20))
 def test_entries_are_those_of_an_obvious_log_softmax(seed: int, vocab: int, num_top: int) -> None:

@@ -175,6 +175,7 @@ async def test_models_of_a_device_take_turns() -> None:
     assert all(x != y for x, y in itertools.pairwise(shared.order[:100]))
 
 
+@pytest.mark.slow
 async def test_models_share_the_devices_time_by_weight_whatever_their_steps_cost() -> None:
     shared = Shared({"a": 1.0, "b": 3.0}, {"a": 0.3, "b": 0.02})
     for name in "ab":

@@ -152,6 +152,7 @@ def has_nested_definitions(schema: dict[str, Any]) -> bool:
     return "$defs" in text and (text.count("$defs") != 2 or "$defs" not in schema)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     schema=SCHEMAS.filter(lambda schema: not has_nested_definitions(schema)),

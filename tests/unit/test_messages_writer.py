@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import msgspec
+import pytest
 from anthropic.lib.streaming._messages import accumulate_event
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,6 +137,7 @@ def answers(draw: st.DrawFn) -> list[Piece]:
     return pieces
 
 
+@pytest.mark.slow
 @given(answers(), st.data())
 def test_events_and_plain_answer_are_the_same(pieces: list[Piece], data: st.DataObject) -> None:
     at_the_end = data.draw(st.integers(0, len(pieces)))

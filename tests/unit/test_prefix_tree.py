@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -66,6 +67,7 @@ TestTree = TreeMachine.TestCase
 TestTree.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+@pytest.mark.slow
 @given(TOKENS, TOKENS)
 def test_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
     n = common_prefix(array(a), array(b))

@@ -63,6 +63,7 @@ PARTS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(PARTS, max_size=10),
     st.lists(st.integers(0, 500), max_size=8),

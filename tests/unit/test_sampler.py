@@ -61,6 +61,7 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
     assert np.abs(seen - softmax(LOGITS, temperature)).max() < 0.03
 
 
+@pytest.mark.slow
 def test_top_k_keeps_the_k_likeliest() -> None:
     seen = draws(LOGITS, top_k=2)
     expected = softmax(LOGITS[:2])
@@ -91,6 +92,7 @@ def test_min_p_drops_what_is_unlikely_against_the_likeliest() -> None:
     assert seen[3:].sum() == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
@@ -194,6 +196,7 @@ def test_sequences_of_one_request_draw_differently_and_reproducibly() -> None:
     assert made[0].seed == made[2].seed
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from([-3.0, 0.0, 0.5, 0.5, 2.0, float("-inf")]), min_size=1, max_size=900),
     st.data(),

@@ -77,6 +77,7 @@ def test_reading_from_disk_begins_while_a_request_waits(folder: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_texts_are_right_whatever_is_kept_where(data: st.DataObject) -> None:

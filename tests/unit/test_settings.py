@@ -50,6 +50,7 @@ def test_the_later_source_wins_and_is_named(write: Write) -> None:
     assert origins["server.strict"] == "default"
 
 
+@pytest.mark.slow
 @given(
     file=st.none() | st.integers(0, 65535),
     environment=st.none() | st.integers(0, 65535),

@@ -117,6 +117,7 @@ def test_any_life_has_the_same_tokens_with_and_without(seed: int) -> None:
     live_twice(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_some_lives_have_the_same_tokens_with_and_without(seed: int) -> None:
     live_twice(seed)

@@ -121,6 +121,7 @@ def assert_same(got, want) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [299, 250, 100, 40])
 def test_kept_whole_any_truncation_is_exact(whole, run, keep):
     assert (whole.info.capabilities.truncation, whole.info.capabilities.copy_prefix) == (

@@ -57,12 +57,14 @@ def test_what_is_set_before_the_library_loads(policy, more, in_effect, environ):
     assert found == [[in_effect, None], [in_effect, None], environ, False]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel does not tell")
 def test_the_default_adapts_where_the_kernel_tells_of_company():
     found = run(PREPARE.replace("<policy>", "'adaptive'"))
     assert found == [["adaptive", None], ["adaptive", None], [None, "10000"], True]
 
 
+@pytest.mark.slow
 def test_where_it_cannot_adapt_it_is_passive():
     code = PREPARE.replace("first =", "waiting._TASKS = waiting.Path('/nowhere')\nfirst =")
     found = run(code.replace("<policy>", "'adaptive'"))

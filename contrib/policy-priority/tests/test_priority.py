@@ -143,6 +143,7 @@ def test_every_request_gets_its_text_whatever_is_preempted(
 # --------------------------------------------------------------------------- what the README promises
 
 
+@pytest.mark.slow
 @given(
     jobs=st.lists(st.tuples(priorities, times), min_size=2, max_size=8),
     now_s=times,
@@ -164,6 +165,7 @@ def test_two_requests_never_change_their_order(
     )
 
 
+@pytest.mark.slow
 @given(
     candidate=st.tuples(priorities, times),
     running=st.lists(st.tuples(priorities, times), max_size=8),
