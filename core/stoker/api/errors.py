@@ -33,6 +33,8 @@ _INVALID = "invalid_request_error"
 _UNAVAILABLE_RETRY_S = (
     5.0  # nobody knows when the next server is there; a restart takes about so long
 )
+_MAX_MESSAGE = 4000
+_MAX_PARAM = 500
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -62,7 +64,10 @@ def describe(error: Exception) -> ErrorReply:
     """What to tell the client of any exception; what it must not know goes to the log."""
     if isinstance(error, RequestError):
         detail = ErrorDetail(
-            message=error.message, type=error.error_type, param=error.param, code=error.code
+            message=_short(error.message, _MAX_MESSAGE),
+            type=error.error_type,
+            param=None if error.param is None else _short(error.param, _MAX_PARAM),
+            code=error.code,
         )
         return ErrorReply(error.status_code, detail, _headers(error))
     if isinstance(error, HTTPException):
@@ -76,6 +81,11 @@ def describe(error: Exception) -> ErrorReply:
         return ErrorReply(status, ErrorDetail(message=str(error), type=_SERVER_ERROR))
     logger.error("unexpected error", exc_info=error)
     return ErrorReply(500, _internal_error())
+
+
+def _short(text: str, most: int) -> str:
+    """A text that may quote what the client sent, which may be long."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _headers(error: RequestError) -> dict[str, str]:

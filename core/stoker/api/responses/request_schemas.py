@@ -114,6 +114,9 @@ class InputItem(msgspec.Struct, kw_only=True):
     summary: list[InputPart] | None = None
 
 
+_Items = Annotated[list[InputItem], Meta(max_length=10_000)]
+
+
 class ResponseTool(msgspec.Struct, kw_only=True):
     """A tool; only those of type ``function`` are served.
 
@@ -234,7 +237,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     """
 
     model: str | None = None
-    input: Annotated[str | list[InputItem] | None, Meta(examples=["Hello"])] = None
+    input: Annotated[str | _Items | None, Meta(examples=["Hello"])] = None
     instructions: str | None = None
     previous_response_id: _Id | None = None
     store: bool | None = None
@@ -277,7 +280,7 @@ class InputTokensRequest(msgspec.Struct, kw_only=True):
     """The body of ``POST /v1/responses/input_tokens``: what of a response's request makes its prompt."""
 
     model: str | None = None
-    input: Annotated[str | list[InputItem] | None, Meta(examples=["Hello"])] = None
+    input: Annotated[str | _Items | None, Meta(examples=["Hello"])] = None
     instructions: str | None = None
     previous_response_id: _Id | None = None
     tools: Annotated[list[ResponseTool], Meta(max_length=128)] | None = None
