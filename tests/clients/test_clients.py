@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from textwrap import indent
 from typing import Any
 
 import httpx
@@ -121,6 +120,11 @@ def test_every_script_is_run() -> None:
     assert scripts == {client for client, _ in CASES}
 
 
+def bare(code: str) -> str:
+    """Code without what formatting makes of it, for lines of the page are longer than the scripts'."""
+    return re.sub(r",(?=[)\]}])", "", re.sub(r"\s+", "", code))
+
+
 def test_the_pages_examples_are_the_scripts() -> None:
     shown: set[str] = set()
     for section in PAGE.read_text().split("\n## ")[1:]:
@@ -132,6 +136,6 @@ def test_the_pages_examples_are_the_scripts() -> None:
         blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
         assert blocks, f"no example for {client}"
         for block in blocks:
-            assert block in script or indent(block, "    ") in script, block
+            assert bare(block) in bare(script), block
         shown.add(client)
     assert shown == {client for client, _ in CASES}
