@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from stoker.api.connection import bounded_protocol
+
 if TYPE_CHECKING:
     from conftest import Running
 
@@ -301,6 +303,15 @@ def test_garbage_after_a_request_does_not_get_into_its_answer(quick: Running) ->
             HEAD + b"content-length: %d\r\n\r\n%s\x00\x01garbage\r\n\r\n" % (len(body), body)
         )
         assert read_all(connection).count(b"HTTP/1.1") <= 1
+
+
+def test_without_a_setting_files_bound_the_connections() -> None:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = bounded_protocol(1.0, 0).max_connections
+    assert most == (0 if soft == resource.RLIM_INFINITY else max(16, soft - 128))
+    assert bounded_protocol(1.0, 7).max_connections == 7
 
 
 def test_more_connections_than_allowed_get_503(start_server: Callable[..., Running]) -> None:

@@ -54,9 +54,7 @@ def target(
 
 
 @pytest.fixture(autouse=True)
-def unharmed(
-    target: Running, slow_server: Running, caplog: pytest.LogCaptureFixture
-) -> Iterator[None]:
+def unharmed(target: Running, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.set_level(logging.WARNING)
     memory = psutil.Process().memory_info().rss
     num_threads = threading.active_count()

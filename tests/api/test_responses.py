@@ -175,6 +175,8 @@ def test_tokens_are_counted_as_they_would_be_generated_from(client: httpx.Client
         assert counted.json()["input_tokens"] == create(client, **body)["usage"]["input_tokens"]
     bad = client.post(f"{PATH}/input_tokens", json={"input": "hi", "conversation": "c"})
     assert bad.json()["error"]["param"] == "conversation"
+    bad = client.post(f"{PATH}/input_tokens", json={"input": "hi", "truncation": "some"})
+    assert bad.json()["error"]["param"] == "truncation"
 
 
 # --------------------------------------------------------------------------- histories

@@ -32,7 +32,7 @@ from stoker.api.responses.parameters import check_token_fields
 from stoker.api.responses.request_schemas import InputTokensRequest, ResponseRequest
 from stoker.api.responses.requests import Preparer, all_items
 from stoker.api.responses.store import ResponseStore
-from stoker.api.responses.translation import in_own_words
+from stoker.api.responses.translation import check_truncation, in_own_words
 from stoker.config import Config
 from stoker.errors import InvalidRequestError, RequestNotFoundError
 from stoker.router import Router, add_warning
@@ -173,6 +173,7 @@ class Responses:
         body, headers = await _token_decoder.read(
             request, self._config.server.max_body_bytes, check
         )
+        check_truncation(body)
         prepared = await self._preparer.prepare(request, body)
         with in_own_words(prepared.turns, has_instructions=bool(body.instructions)):
             counted = InputTokens(input_tokens=await self._preparer.count(prepared.call))

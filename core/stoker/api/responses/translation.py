@@ -33,7 +33,14 @@ from stoker.config import Config
 from stoker.errors import InvalidRequestError, RequestError
 from stoker.router import Call
 
-__all__ = ["check_options", "echoed", "in_own_words", "to_call", "wants_logprobs"]
+__all__ = [
+    "check_options",
+    "check_truncation",
+    "echoed",
+    "in_own_words",
+    "to_call",
+    "wants_logprobs",
+]
 
 # What both have under one name.
 _SAME = (
@@ -79,16 +86,25 @@ def wants_logprobs(body: ResponseRequest) -> bool:
     return body.top_logprobs is not None or LOGPROBS in (body.include or ())
 
 
+def check_truncation(body: ResponseRequest | InputTokensRequest) -> None:
+    """Refuse a ``truncation`` that there is not.
+
+    Raises:
+        InvalidRequestError: There is none of this name.
+    """
+    if body.truncation not in {None, "auto", "disabled"}:
+        raise _invalid(
+            f"'truncation' is {body.truncation[:50]!r}; use auto or disabled", "truncation"
+        )
+
+
 def check_options(body: ResponseRequest) -> None:
     """Refuse options that contradict each other.
 
     Raises:
         InvalidRequestError: They do.
     """
-    if body.truncation not in {None, "auto", "disabled"}:
-        raise _invalid(
-            f"'truncation' is {body.truncation[:50]!r}; use auto or disabled", "truncation"
-        )
+    check_truncation(body)
     if body.background and body.store is False:
         raise _invalid(
             "'background' needs 'store': a response that nobody waits for is asked for later",
