@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from stoker import OutputParser, Tool, ToolChoice
-from stoker_plugins.tool_formats.lark import allowed, json_calls, marker
+from stoker_plugins.tool_formats.lark import MORE, allowed, json_calls, marker
 from stoker_plugins.tool_formats.reading import CallReader, dumps
 from stoker_plugins.tool_formats.wording import WordedFormat
 
@@ -34,7 +34,7 @@ class Hermes(WordedFormat):
         """Text, and from ``<tool_call>`` on calls to the end."""
         opening, closing = marker(_OPEN, special_tokens), marker(_CLOSE, special_tokens)
         rest = f'"\\n" body "\\n" {closing}'
-        more = f'("\\n"? {opening} {rest})*' if choice.parallel else ""
+        more = f'("\\n"? {opening} {rest}){MORE}' if choice.parallel else ""
         rules = json_calls(allowed(tools, choice))
         if choice.mode == "required":
             return f"start: {opening} {rest} {more}\n{rules}"

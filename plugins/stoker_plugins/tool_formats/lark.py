@@ -11,6 +11,7 @@ from stoker_plugins.tool_formats.schemas import closed
 
 __all__ = [
     "GAP",
+    "MORE",
     "allowed",
     "alternatives",
     "arguments",
@@ -23,6 +24,8 @@ __all__ = [
 
 GAP = r"[ \n]{0,4}"
 """Whitespace between the parts of a call where a model may begin one by itself."""
+MORE = "{0,15}"
+"""How many more calls an output may make after one: a small model that has to call would never end."""
 # Compact JSON, or with one space where people put one: a small model cannot lose itself in whitespace.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -51,7 +54,7 @@ def alternatives(names: Sequence[str]) -> str:
 
 def repeated(item: str, separator: str, choice: ToolChoice) -> str:
     """One item, or several with a separator where several are allowed."""
-    return f"{item} ({separator} {item})*" if choice.parallel else item
+    return f"{item} ({separator} {item}){MORE}" if choice.parallel else item
 
 
 def arguments(name: str, schema: Mapping[str, Any], *, is_object: bool = True) -> str:

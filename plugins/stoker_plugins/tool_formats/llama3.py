@@ -12,6 +12,7 @@ from typing import Any
 from stoker import OutputParser, Tool, ToolChoice
 from stoker_plugins.tool_formats.lark import (
     GAP,
+    MORE,
     allowed,
     alternatives,
     free_text,
@@ -42,7 +43,7 @@ class Llama3(WordedFormat):
     ) -> str:
         """Calls, or text that does not begin like the call of a known tool."""
         tools = allowed(tools, choice)
-        more = '("; " body)*' if choice.parallel else ""
+        more = f'("; " body){MORE}' if choice.parallel else ""
         rules = json_calls(tools, key="parameters")
         if choice.mode == "required":
             return f"start: body {more}\n{rules}"

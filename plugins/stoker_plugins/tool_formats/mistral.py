@@ -9,6 +9,7 @@ from typing import Any
 
 from stoker import OutputParser, Tool, ToolChoice
 from stoker_plugins.tool_formats.lark import (
+    MORE,
     allowed,
     alternatives,
     arguments,
@@ -46,7 +47,7 @@ class Mistral(WordedFormat):
         tools = allowed(tools, choice)
         opening = marker(_CALLS, special_tokens)
         if _ARGUMENTS in special_tokens:
-            rest, more = "named", f"({opening} named)*" if choice.parallel else ""
+            rest, more = "named", f"({opening} named){MORE}" if choice.parallel else ""
             rules = _named_calls(tools, marker(_ARGUMENTS, special_tokens))
         else:
             rest, more = f'" "? "[" {repeated("body", literal(", "), choice)} "]"', ""

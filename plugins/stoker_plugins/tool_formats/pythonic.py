@@ -18,6 +18,7 @@ import msgspec
 from stoker import CallPiece, OutputParser, Tool, ToolChoice
 from stoker_plugins.tool_formats.lark import (
     GAP,
+    MORE,
     allowed,
     alternatives,
     arguments,
@@ -64,7 +65,7 @@ class Pythonic(WordedFormat):
     ) -> str:
         """Calls, or text that does not begin like the call of a known tool."""
         tools = allowed(tools, choice)
-        more = '(", " call)*' if choice.parallel else ""
+        more = f'(", " call){MORE}' if choice.parallel else ""
         rules = "".join(_call_rules(i, tool) for i, tool in enumerate(tools))
         rules += f"call: {alternatives([f'call_{i}' for i in range(len(tools))])}\n"
         listed = f'"[" call {more} "]"'
@@ -72,7 +73,7 @@ class Pythonic(WordedFormat):
             return f"start: {listed}\n{rules}"
         begun = [f'BEGUN_{i} given_{i} ")"' for i in range(len(tools))]
         rules += "".join(f"BEGUN_{i}: /{_beginning([tool])}/\n" for i, tool in enumerate(tools))
-        lines = '("\\n" call)*' if choice.parallel else ""
+        lines = f'("\\n" call){MORE}' if choice.parallel else ""
         start = special_tokens.get(_START)
         tagged = ""
         if start is not None:
