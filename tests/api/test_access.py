@@ -235,11 +235,18 @@ def test_access_log_as_json(server: Running, log: Callable[[], str]) -> None:
         )
     httpx.get(f"{server.url}/a%0Ab")
     server.wait_until_idle()
-    httpx.get(f"{server.url}/health")  # a request whose line comes after all of those
-    written = log()
-    lines = [json.loads(line) for line in written.splitlines()]
-    access = [line for line in lines if line["logger"] == "stoker.access"]
-    plain, streamed, strange, *_ = access
+    written = ""
+
+    def access() -> list[dict[str, Any]]:
+        nonlocal written
+        written += log()
+        lines = [json.loads(line) for line in written.splitlines()]
+        return [line for line in lines if line["logger"] == "stoker.access"]
+
+    server.wait_until(lambda: len(access()) >= 3)  # each comes after its answer
+    told = access()
+    (strange,) = (line for line in told if line["method"] == "GET")
+    plain, streamed = (line for line in told if line["method"] == "POST")
     for line in (plain, streamed):
         assert line["request_id"] == "the-id"
         assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)

@@ -21,6 +21,8 @@ from stoker.api.connection import bounded_protocol
 if TYPE_CHECKING:
     from conftest import Running
 
+pytestmark = pytest.mark.slow
+
 TEXT = "/v1/completions"
 PATIENCE_S = 0.4
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"

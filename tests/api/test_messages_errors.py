@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx
 import pytest
 
@@ -206,6 +205,8 @@ def test_unknown_and_unserved_parameters(client: httpx.Client, strict_server: Ru
 
 
 def test_what_the_official_client_sends_is_known(strict_server: Running) -> None:
+    import anthropic  # its import takes seconds, and is not needed to collect tests
+
     with anthropic.Anthropic(base_url=strict_server.url, api_key="none", max_retries=0) as official:
         message = official.messages.create(
             model=MODEL,
@@ -261,6 +262,8 @@ def test_what_the_official_client_sends_is_known(strict_server: Running) -> None
 
 
 def test_keys(start_server: Any) -> None:
+    import anthropic  # its import takes seconds, and is not needed to collect tests
+
     server = start_server(server={"api_keys": ["secret"]})
     server.auth = {"x-api-key": "secret"}
     check_error(httpx.post(f"{server.url}{PATH}", json=BODY), 401, "authentication_error")
@@ -284,6 +287,8 @@ def test_keys(start_server: Any) -> None:
 
 
 def test_an_error_within_a_stream(slow_server: Running) -> None:
+    import anthropic  # its import takes seconds, and is not needed to collect tests
+
     """A request that is cancelled through the API while it streams."""
     seen: list[str] = []
     with anthropic.Anthropic(base_url=slow_server.url, api_key="none", max_retries=0) as official:

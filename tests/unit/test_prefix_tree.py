@@ -63,7 +63,7 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.tree.scopes == {scope for scope, _ in self.model.values()}
 
 
-TestTree = TreeMachine.TestCase
+TestTree = pytest.mark.slow(TreeMachine.TestCase)
 TestTree.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 

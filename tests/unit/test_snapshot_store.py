@@ -600,4 +600,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestAnyOrder = StoreMachine.TestCase
+TestAnyOrder = pytest.mark.slow(StoreMachine.TestCase)
