@@ -334,10 +334,18 @@ class Router:
         asked = call.priority or 0
         ceiling = self.tenants.get(call.tenant).priority_ceiling
         if ceiling is None or asked >= ceiling:
+            # Embeddings are ordered by priority whatever the policy is.
+            if asked and not isinstance(call, EmbedCall):
+                return asked, self._unheeded(call)
             return asked, ""
         if call.priority is None:
             return ceiling, ""
         return ceiling, f"priority {asked} lowered to {ceiling}, the most urgent of this tenant"
+
+    def _unheeded(self, call: Call) -> str:
+        if self.policy(call.model).heeds_priority:
+            return ""
+        return "priority and service_tier have no effect under this scheduling policy"
 
     def _count_refused(self, call: Call, error: Exception) -> None:
         served = [r.served.model_id for r in self.routed if r.served.model_id == call.model]

@@ -207,7 +207,11 @@ def test_labels_are_given_back_and_logged(
 
 def test_service_tiers(client: httpx.Client) -> None:
     assert ask(client, CHAT, service_tier="auto")["service_tier"] == "default"
-    assert ask(client, CHAT, service_tier="flex")["service_tier"] == "flex"
+    body = {"messages": USER, **GREEDY, "service_tier": "flex"}
+    response = client.post(CHAT, json=body)
+    assert response.json()["service_tier"] == "flex"
+    # The policy is fcfs.
+    assert "priority and service_tier have no effect" in response.headers["x-stoker-warning"]
     assert "service_tier" not in ask(client, CHAT)
     assert refused(client, CHAT, service_tier="gold")["param"] == "service_tier"
 

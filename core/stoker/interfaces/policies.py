@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import msgspec
 
@@ -104,7 +105,12 @@ class SchedulingPolicy(ABC):
     """Decides order. It never allocates: the core validates every ordering and does the rest.
 
     A method that raises or returns nonsense costs a counter and falls back to arrival order.
+
+    Attributes:
+        heeds_priority: Whether it looks at the requests' ``priority``; if not, who sends one is warned.
     """
+
+    heeds_priority: ClassVar[bool] = True
 
     @abstractmethod
     def admission_order(

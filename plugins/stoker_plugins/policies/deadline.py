@@ -40,6 +40,8 @@ class EarliestDeadlineFirst(SchedulingPolicy):
         options: See ``DeadlineOptions``.
     """
 
+    heeds_priority = False
+
     def __init__(self, options: DeadlineOptions | None = None) -> None:
         self.options = options or DeadlineOptions()
 

@@ -50,6 +50,8 @@ class FairShare(SchedulingPolicy):
         options: See ``FairOptions``.
     """
 
+    heeds_priority = False
+
     def __init__(self, options: FairOptions | None = None) -> None:
         self.options = options or FairOptions()
         self.counters = Counters()

@@ -22,6 +22,8 @@ class FirstComeFirstServed(SchedulingPolicy):
         options: See ``FcfsOptions``.
     """
 
+    heeds_priority = False
+
     def __init__(self, options: FcfsOptions | None = None) -> None:
         self.options = options or FcfsOptions()
 

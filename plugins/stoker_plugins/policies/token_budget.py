@@ -26,6 +26,8 @@ class TokenBudget(SchedulingPolicy):
         options: See ``TokenBudgetOptions``.
     """
 
+    heeds_priority = False
+
     def __init__(self, options: TokenBudgetOptions | None = None) -> None:
         self.options = options or TokenBudgetOptions()
         # Within one round of admissions, which goes in our order: an aged request did not fit.
