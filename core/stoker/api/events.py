@@ -145,13 +145,13 @@ class TextEncoder(StreamEncoder):
 
     def delta(self, index: int, delta: Delta) -> bytes:
         """The event of some new text; the first of a chat choice comes with its role event."""
-        return self.text(index, delta.text) if delta.text else b""
-
-    def text(self, index: int, text: str) -> bytes:
-        """The event of some new text."""
+        text = delta.text
+        if not text:
+            return b""
         before = self._before.get(index)
         if before is None:
-            return self.start(index) + self.text(index, text)
+            start = self.start(index)
+            return start + self._before[index] + _encode(text) + self._after
         return before + _encode(text) + self._after
 
     def start(self, index: int) -> bytes:
