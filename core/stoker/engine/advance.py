@@ -57,7 +57,8 @@ def advance(
     detokenizer, ledger = sequence.detokenizer, sequence.ledger
     stop_ids, constraint = sequence.sampling.stop_token_ids, sequence.constraint
     for token in tokens:
-        if _stops_before(done, token, constraint):
+        is_odd = constraint is not None or token == NOT_FINITE
+        if is_odd and _stops_before(done, token, constraint):
             break
         sequence.append(token)
         done.num_tokens += 1
@@ -75,7 +76,8 @@ def advance(
         except Exception as error:  # noqa: BLE001 - a tokenizer may raise anything, too
             done.error = error
             break
-        _note_end(done, sequence, constraint)
+        if is_odd or detokenizer.stopped or sequence.num_output >= sequence.max_tokens:
+            _note_end(done, sequence, constraint)
         if done.reason is not None:
             break
     if ledger is not None:
