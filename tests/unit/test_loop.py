@@ -197,6 +197,34 @@ async def test_a_model_that_was_idle_has_saved_up_nothing() -> None:
     assert shared.order.count("a") == pytest.approx(50, abs=1)
 
 
+async def test_what_a_model_had_while_others_were_idle_is_not_held_against_it() -> None:
+    shared = Shared({"a": 1.0, "b": 1.0}, {"a": 0.1, "b": 0.1})
+    shared.submit("a", 300)
+    while shared.loop.step():
+        pass
+    shared.submit("b", 10_000)
+    for _ in range(5):
+        shared.loop.step()
+    shared.submit("a", 10_000)
+    shared.order.clear()
+    for _ in range(100):
+        shared.loop.step()
+    assert shared.order.count("a") == pytest.approx(50, abs=1)
+
+
+async def test_a_model_that_comes_and_goes_gets_no_more_than_its_share() -> None:
+    """One with long steps and a pause after each against one that always has work."""
+    shared = Shared({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 0.05})
+    shared.submit("b", 10_000)
+    shared.loop.step()
+    while shared.spent["b"] < 20:
+        shared.submit("a", 1)
+        while shared.engines["a"].has_work:
+            shared.loop.step()
+        shared.loop.step()  # a's client thinks for a moment
+    assert shared.spent["a"] == pytest.approx(shared.spent["b"], rel=0.1)
+
+
 async def test_closing_16_readers_midway_frees_their_lanes_within_one_step() -> None:
     fleet = Fleet("a", lanes=16)
     proceed = threading.Semaphore(0)

@@ -62,8 +62,11 @@ class EngineLoop:
         self.clock = clock
         # What to do, given where to put deltas.
         self._inbox: deque[Callable[[Outbox], None]] = deque()
-        self._device_time: dict[Member, float] = {}  # seconds / weight
-        self._had_work: set[Member] = set()
+        self._ready: list[Member] = []  # those that had work in the last step
+        self._device_time: dict[Member, float] = {}  # of those: seconds / weight
+        self._ahead: dict[
+            Member, float
+        ] = {}  # of the others: what they had more than others when they left
         self._wake = threading.Event()
         self._stopping = False
         self._closed = False  # nothing may enter the inbox any more; under the lock
@@ -181,30 +184,37 @@ class EngineLoop:
         self._drain_inbox()
         self._look_after_readers()
         ready = [member for member in self._members() if member.has_work]
+        if ready != self._ready:
+            self._change_over(ready)
         if not ready:
-            self._had_work.clear()
             for engine in self.engines:
                 self._attempt(engine, partial(_tidy, engine))
             return False
-        member = ready[0] if len(ready) == 1 else self._next(ready)
-        self._had_work = set(ready)
+        member = min(ready, key=self._device_time.__getitem__)
         started_s = self.clock()
         self._attempt(member, member.step)
         spent_s = self.clock() - started_s
-        self._device_time[member] = self._device_time.get(member, 0.0) + spent_s / member.weight
+        self._device_time[member] += spent_s / member.weight
         return True
 
     def _members(self) -> list[Member]:
         return [*self.engines, *self.embedders]
 
-    def _next(self, ready: list[Member]) -> Member:
-        """The model that had the least time for its weight; who was idle has not saved any up."""
+    def _change_over(self, ready: list[Member]) -> None:
+        """Let members come and go: nobody saves time up; what one had while others were idle is forgotten.
+
+        Who leaves takes along what it had more than those it had to share with; who comes starts with that.
+        """
         time = self._device_time
-        floor = min((time.get(e, 0.0) for e in ready if e in self._had_work), default=0.0)
-        for engine in ready:
-            if engine not in self._had_work:
-                time[engine] = max(time.get(engine, 0.0), floor)
-        return min(ready, key=lambda engine: time.get(engine, 0.0))
+        least = min(time.values(), default=0.0)
+        for member in self._ready:
+            if member not in ready:
+                self._ahead[member] = time.pop(member) - least
+        least = min(time.values(), default=0.0)
+        for member in ready:
+            if member not in time:
+                time[member] = least + self._ahead.pop(member, 0.0)
+        self._ready = ready
 
     def _look_after_readers(self) -> None:
         num_paused = 0
