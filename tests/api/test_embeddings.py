@@ -199,6 +199,7 @@ def test_large_answers_are_whole(server: Running, client: httpx.Client) -> None:
         np.testing.assert_allclose(vector, expected(server, texts[index]), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_clients_of_both_kinds_at_once(server: Running) -> None:
     """Everybody gets what is theirs, and requests' inputs share batches."""
     batches = server.server.loops["cpu"].embedders[0].num_batches

@@ -100,6 +100,7 @@ def test_when_to_come_back(
     server.check_still_serves()
 
 
+@pytest.mark.slow
 def test_browsers_may_read_them(start_server: Callable[..., Running]) -> None:
     server = start_server(server={"cors_origins": ["*"]})
     response = httpx.get(server.url + "/health", headers={"origin": "https://app.example"})

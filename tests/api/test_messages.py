@@ -134,6 +134,7 @@ def test_an_end_of_turn(start_server: Any) -> None:
     assert (body["stop_reason"], body["stop_sequence"]) == ("end_turn", None)
 
 
+@pytest.mark.slow
 def test_more_tokens_than_fit_are_as_many_as_fit(client: httpx.Client) -> None:
     body = answer(client, max_tokens=64_000)
     assert body["stop_reason"] == "model_context_window_exceeded"

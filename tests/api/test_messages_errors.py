@@ -261,6 +261,7 @@ def test_what_the_official_client_sends_is_known(strict_server: Running) -> None
     assert caught.value.error_code == "request_too_large"
 
 
+@pytest.mark.slow
 def test_keys(start_server: Any) -> None:
     import anthropic  # its import takes seconds, and is not needed to collect tests
 

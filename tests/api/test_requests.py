@@ -201,6 +201,7 @@ def test_the_official_client_does_not_retry_what_was_cancelled(narrow: Running) 
 # --------------------------------------------------------------------------- explain
 
 
+@pytest.mark.slow
 def test_an_answer_is_explained_when_asked_for(narrow: Running) -> None:
     with lane_taken(narrow):
         asked = ask(narrow, "why", {**SHORT, "n": 2}, **{"x-stoker-explain": "1"})
@@ -299,6 +300,7 @@ def test_what_the_server_must_not_tell_is_not_in_an_explanation(server: Running)
     server.check_still_serves()
 
 
+@pytest.mark.slow
 def test_the_history_is_bounded_and_the_latest_come_first(narrow: Running) -> None:
     for name in ("h1", "h2", "h3", "h4"):
         assert ask(narrow, name, SHORT, "lister").result().status_code == 200

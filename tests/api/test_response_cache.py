@@ -200,6 +200,7 @@ def test_hits_count_as_requests_and_as_tokens(start_server: Callable[..., Runnin
 # --------------------------------------------------------------------------- sharing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 async def test_twenty_clients_at_once_are_computed_once(slow_cached: Running, stream: bool) -> None:
     body = {"prompt": f"all at once {stream}", "max_tokens": 40, "temperature": 0, "stream": stream}
@@ -219,6 +220,7 @@ async def test_twenty_clients_at_once_are_computed_once(slow_cached: Running, st
         assert text == wanted
 
 
+@pytest.mark.slow
 async def test_clients_that_leave_hurt_nobody_and_the_last_one_ends_it(
     slow_cached: Running,
 ) -> None:

@@ -113,6 +113,7 @@ def test_what_is_wrong_is_told_at_once(slow_client: httpx.Client) -> None:
     assert refused(slow_client, background=True, tools=[{"type": "mcp"}])["param"] == "tools.0.type"
 
 
+@pytest.mark.slow
 def test_its_events_are_followed_from_anywhere(slow_client: httpx.Client) -> None:
     body = {"input": "hi", "max_output_tokens": 40, "background": True, "stream": True}
     first: dict[str, Any] = {}

@@ -87,6 +87,7 @@ def test_stream_helper(sdk: openai.OpenAI) -> None:
     assert events[-1].type == "response.incomplete"
 
 
+@pytest.mark.slow
 def test_parse_gives_the_object(sdk: openai.OpenAI) -> None:
     response = sdk.responses.parse(
         model=MODEL, input="hi", text_format=Pick, max_output_tokens=200, temperature=0

@@ -75,6 +75,7 @@ def test_a_pinned_prompt_stays_when_all_else_goes(start_server: Callable[..., Ru
     assert chat(server, SYSTEM, "Once more") > len(SYSTEM)
 
 
+@pytest.mark.slow
 def test_requests_are_taken_meanwhile_and_readiness_waits(
     start_server: Callable[..., Running], tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_requests_are_taken_meanwhile_and_readiness_waits(
     # Broken off at the end of the test session: nothing waits for it.
 
 
+@pytest.mark.slow
 def test_a_prompt_that_fails_costs_a_warning_only(
     start_server: Callable[..., Running], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -214,6 +214,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "_RETRY_S", 0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("answers", "num_asked", "status"),
@@ -383,6 +384,7 @@ async def test_a_batch_that_ends_the_server_again_and_again_is_given_up(
     assert {line["error"]["code"] for line in bench.lines("b", "err").values()} == {"batch_failed"}
 
 
+@pytest.mark.slow
 async def test_a_model_that_is_gone_is_waited_for(tmp_path: Path) -> None:
     context = Context()
     context.hold = asyncio.Event()

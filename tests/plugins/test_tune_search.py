@@ -94,6 +94,7 @@ speeds = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(speeds)
 def test_without_noise_the_planted_best_is_found(
     planted: dict[str, dict[str, float]],

@@ -104,6 +104,7 @@ async def test_errors_are_those_of_who_asked(
     assert (await service.get(regex("good"))).spec == regex("good")
 
 
+@pytest.mark.slow
 async def test_what_does_not_come_back_costs_a_thread_and_not_the_server() -> None:
     compiler = Compiler()
     service = GrammarService(compiler, time_limit_s=0.05)
