@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -130,7 +130,7 @@ def test_a_job_that_was_given_up_leaves_nothing(
 ) -> None:
     pieces = runtime.embed_in_pieces([inputs[4]], 32)
     assert next(pieces) is None
-    pieces.close()  # type: ignore[attr-defined]  # it is a generator
+    cast("Generator[Any]", pieces).close()
     np.testing.assert_allclose(unit(runtime.embed([inputs[0]])), unit(vectors[:1]), atol=1e-6)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llama_cpp
@@ -36,7 +36,7 @@ class Candidates:
             ctypes.cast(self.data, ctypes.POINTER(llama_cpp.llama_token_data)), count, -1, False
         )
 
-    def apply(self, sampler: Any, accepted: list[int] = []) -> dict[int, float]:  # noqa: B006
+    def apply(self, sampler: Any, accepted: Sequence[int] = ()) -> dict[int, float]:
         """The candidates that are left, with their logits."""
         for token in accepted:
             llama_cpp.llama_sampler_accept(sampler, token)

@@ -102,7 +102,7 @@ class World:
         self.times = {"1": (5.0, 1.0), "2": (3.0, 9.0)}
         self.team = Team()
         self.control = SpinControl(
-            self.team,  # type: ignore[arg-type]
+            self.team,  # type: ignore[arg-type]  # stands in for threads
             lambda: dict(self.times),
             lambda: self.others,
             lambda: self.now_s,

@@ -173,7 +173,7 @@ class Database:
     def get(self, response_id: str, tenant: str) -> StoredResponse | None:
         """A tenant's response."""
         row = self.connection.execute(
-            f"SELECT {_COLUMNS} FROM responses WHERE id = ? AND tenant = ? AND expires_at > ?",  # noqa: S608
+            f"SELECT {_COLUMNS} FROM responses WHERE id = ? AND tenant = ? AND expires_at > ?",  # noqa: S608 - a constant of this file
             (response_id, tenant, _now()),
         ).fetchone()
         return _stored(row) if row else None
@@ -219,7 +219,7 @@ class Database:
     def abandoned(self) -> list[StoredResponse]:
         """Responses that processes worked on which are not there any more."""
         rows = self.connection.execute(
-            f"SELECT {_COLUMNS} FROM responses WHERE owner IS NOT NULL"  # noqa: S608
+            f"SELECT {_COLUMNS} FROM responses WHERE owner IS NOT NULL"  # noqa: S608 - the same
         ).fetchall()
         alive = {owner: is_alive(owner) for owner in {row[3] for row in rows}}
         return [_stored(row) for row in rows if not alive[row[3]]]
