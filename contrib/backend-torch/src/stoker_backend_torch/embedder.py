@@ -17,6 +17,7 @@ import transformers
 
 from stoker import EngineError
 from stoker_backend_torch.heads import load_heads
+from stoker_backend_torch.planning import max_context
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -255,8 +256,8 @@ def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def position_limit(model: Any) -> int | None:
     """Most tokens of a text for which a model has positions; ``None`` if it does not say."""
     layers = model.base_model
-    most = getattr(layers.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
+    most, _ = max_context(layers.config.get_text_config())
+    if most is None:
         return None
     table = getattr(getattr(layers, "embeddings", None), "position_embeddings", None)
     # RoBERTa and its kin count from behind the position that padding has.

@@ -16,7 +16,7 @@ import msgspec
 from stoker import EmbeddingInfo, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from stoker_backend_torch.options import TorchOptions
 
@@ -26,6 +26,7 @@ __all__ = [
     "Pooling",
     "Recipe",
     "is_embedding_only",
+    "makes_embeddings",
     "plan_embedding",
     "read_recipe",
 ]
@@ -147,7 +148,7 @@ class EmbeddingPlan:
 # --------------------------------------------------------------------------- deciding
 
 
-def is_embedding_only(folder: Path, architectures: list[str] | tuple[str, ...]) -> bool:
+def is_embedding_only(folder: Path, architectures: Sequence[str]) -> bool:
     """Whether a model is there to embed and not to write.
 
     Args:
@@ -159,6 +160,16 @@ def is_embedding_only(folder: Path, architectures: list[str] | tuple[str, ...]) 
     if any(name.endswith(_WRITERS) for name in architectures):
         return False
     return any(name.endswith(_BASE_MODELS) for name in architectures)
+
+
+def makes_embeddings(architectures: Sequence[str]) -> bool:
+    """Whether the vectors of a model's last layer mean something; also if nobody says what it is.
+
+    Args:
+        architectures: What its ``config.json`` names.
+    """
+    made_for = (*_BASE_MODELS, *_WRITERS)
+    return not architectures or any(name.endswith(made_for) for name in architectures)
 
 
 def plan_embedding(
@@ -191,7 +202,9 @@ def plan_embedding(
             "for this model"
         )
     if context_length is not None and most < context_length:
-        warnings.append(f"texts of more than {most} tokens have no positions in this model")
+        warnings.append(
+            f"texts to embed may have {most} tokens, not {context_length}: the model has no more positions"
+        )
     for layer in filter(None, recipe.heads):
         if layer.in_features != width:
             raise ModelError(
