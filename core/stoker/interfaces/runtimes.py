@@ -34,6 +34,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a runtime can do beyond ``step``.
 
     Attributes:
+        generates: It writes text. If false it only embeds: it has no lanes and no KV memory (``num_lanes``
+            and ``kv_capacity_tokens`` are 0), and neither ``step`` nor ``truncate`` is ever called.
         truncation: ``"any"``: ``truncate`` keeps any number of tokens. ``"reset"``: it may keep fewer
             than asked, down to none (recurrent or sliding-window memory).
         copy_prefix: ``copy_prefix`` works.
@@ -53,6 +55,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         lane_locality: Steps over neighbouring lanes are quicker than steps over scattered ones.
     """
 
+    generates: bool = True
     truncation: Literal["any", "reset"] = "any"
     copy_prefix: bool = False
     snapshot: bool = False
@@ -90,7 +93,7 @@ class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: The model's own name or architecture, for people.
         vocab_size: Columns of the logits.
-        context_length: Most tokens one lane can hold.
+        context_length: Most tokens one lane can hold; of a model that only embeds, most of one input.
         num_lanes: How many sequences can hold KV at once.
         kv_capacity_tokens: Most tokens all lanes together can hold.
         max_step_tokens: Most tokens of one ``StepInput``.

@@ -118,7 +118,9 @@ class ScriptedRuntime(Runtime):
         options: ScriptedOptions | None = None,
     ) -> None:
         self.options = options = options or ScriptedOptions()
-        capacity = options.kv_capacity_tokens or lanes * context_length
+        if not options.generates:
+            lanes, context_length = 0, options.max_input_tokens or context_length
+        capacity = (options.kv_capacity_tokens or lanes * context_length) if lanes else 0
         self.info = RuntimeInfo(
             name="scripted",
             vocab_size=_VOCABULARY,
@@ -131,6 +133,7 @@ class ScriptedRuntime(Runtime):
             bos_token=_BEGIN,
             eos_token=_END_TEXT,
             capabilities=Capabilities(
+                generates=options.generates,
                 truncation="reset" if options.truncation == "reset" else "any",
                 copy_prefix=options.copy_prefix,
                 snapshot=options.snapshot,
@@ -166,7 +169,13 @@ class ScriptedRuntime(Runtime):
         self._slowness = _SLOWNESS[options.kernel]
 
     def step(self, step: StepInput) -> StepOutput:
-        """Hash on; logits are 8 for the next token and 0 for all others."""
+        """Hash on; logits are 8 for the next token and 0 for all others.
+
+        Raises:
+            TypeError: It only embeds; the core should have known.
+        """
+        if not self.info.capabilities.generates:
+            raise TypeError(f"{self.info.name} only embeds")
         if self.before_step is not None:
             self.before_step(step)
         options = self.options

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 import stoker
@@ -15,6 +16,7 @@ from stoker_backend_torch.devices import (
     kv_bytes_per_token,
     usable_cores,
 )
+from stoker_backend_torch.embedding_loading import load_embedding_runtime, make_embedder
 from stoker_backend_torch.kv import ContiguousKv
 from stoker_backend_torch.openmp import set_threads
 from stoker_backend_torch.planning import Plan, make_plan
@@ -70,8 +72,15 @@ def load_runtime(
     request = _Request(model, checkpoint, settings, options)
     code = find_code(checkpoint, options)
     if not code.generates:
-        raise stoker.ModelError(
-            f"{checkpoint.path}: {', '.join(code.config.architectures or ())} generates no text"
+        return load_embedding_runtime(
+            model,
+            checkpoint,
+            code,
+            settings,
+            options,
+            device=device,
+            extra_settings=extra_settings,
+            warnings=warnings,
         )
     dtype = choose_dtype(options.dtype, device)
     plan = _plan(request, code.text_config, _weights_bytes(checkpoint, code, dtype), device, dtype)
@@ -85,8 +94,12 @@ def load_runtime(
         plan = _plan(request, loaded.config, 0, device, dtype, per_token)
     memory = ContiguousKv(shapes, plan.num_lanes, plan.context_length, dtype, device)
     info = _describe(request, loaded, plan, extra_settings, [*warnings, *plan.warnings])
+    embedder, embedding = make_embedder(loaded, checkpoint, options, plan.context_length)
+    if embedding is not None:
+        can = msgspec.structs.replace(info.capabilities, embed=True)
+        info = msgspec.structs.replace(info, capabilities=can, embedding=embedding)
     gc.collect()  # what loading left behind goes now, not within a step
-    return TorchRuntime(loaded, info, memory)
+    return TorchRuntime(loaded, info, memory, embedder)
 
 
 def _plan(

@@ -14,8 +14,11 @@ from stoker_backend_torch.attention import attach
 from stoker_backend_torch.ragged import RaggedBatch, find_runs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from numpy.typing import NDArray
 
+    from stoker_backend_torch.embedder import TorchEmbedder
     from stoker_backend_torch.kv import ContiguousKv
     from stoker_backend_torch.weights import LoadedModel
 
@@ -32,14 +35,22 @@ class TorchRuntime(Runtime):
         loaded: The model and its tokenizer.
         info: Its facts.
         memory: Its KV memory; the model's attention must be ours.
+        embedder: What embeds with it; ``None`` if nothing does.
     """
 
-    def __init__(self, loaded: LoadedModel, info: RuntimeInfo, memory: ContiguousKv) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        info: RuntimeInfo,
+        memory: ContiguousKv,
+        embedder: TorchEmbedder | None = None,
+    ) -> None:
         self.info = info
         self.tokenizer = loaded.tokenizer
         self._model: Any = loaded.model
         self._device = loaded.device
         self._memory: ContiguousKv | None = memory
+        self._embedder = embedder
         self._lengths = np.zeros(info.num_lanes, np.int64)
         self._no_logits = np.empty((0, info.vocab_size), np.float32)
         self._no_logits.flags.writeable = False
@@ -135,8 +146,24 @@ class TorchRuntime(Runtime):
         self._lengths[lane] = num_tokens
         return int(num_tokens)
 
+    def embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """See ``Runtime.embed``."""
+        if self._embedder is None:
+            return super().embed(inputs)
+        return self._embedder.embed(inputs)
+
+    def embed_in_pieces(
+        self, inputs: Sequence[Sequence[int]], max_tokens: int
+    ) -> Iterator[NDArray[np.float32] | None]:
+        """See ``Runtime.embed_in_pieces``."""
+        if self._embedder is None:
+            return super().embed_in_pieces(inputs, max_tokens)
+        return self._embedder.pieces(inputs, max_tokens)
+
     def close(self) -> None:
         """Free the KV memory and the weights. May be called twice."""
+        if self._embedder is not None:
+            self._embedder.close()
         if self._memory is not None:
             attach(self._model, None)
         self._memory = None

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 
 import stoker
 from stoker_backend_torch.manners import progress, quiet
+from stoker_backend_torch.pooling import is_embedding_only, makes_embeddings
 from stoker_backend_torch.tokenizer import TorchTokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +46,16 @@ class ModelCode:
     def text_config(self) -> Any:
         """The configuration of the text model."""
         return self.config.get_text_config(decoder=True)
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether a token's numbers depend on those behind it, too."""
+        config = self.text_config
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return True
+        return _looks_both_ways(config) or bool(
+            getattr(config, "use_bidirectional_attention", False)
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,6 +108,8 @@ def find_code(checkpoint: Checkpoint, options: TorchOptions) -> ModelCode:
     if not names and not remote:
         generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if generates and not remote and _looks_both_ways(config):
+        generates = False
+    if checkpoint.kind != "gguf" and is_embedding_only(checkpoint.folder, names):
         generates = False
     try:
         with quiet():
@@ -201,6 +214,11 @@ def _check_code(path: Path, code: ModelCode) -> None:
             f"{path}: {name} is an encoder-decoder model; only decoders and embedding models can be served"
         )
     if not code.generates:
+        if not makes_embeddings(config.architectures or ()):
+            raise stoker.ModelError(
+                f"{path}: {', '.join(config.architectures)} neither writes text nor makes embeddings: it is "
+                "made for another task, such as classification, which cannot be served"
+            )
         return
     if getattr(model_class, "_is_stateful", False):
         raise stoker.ModelError(
@@ -226,10 +244,9 @@ def _load_weights(
     dtype: torch.dtype,
 ) -> Any:
     path = checkpoint.path
-    arguments: dict[str, Any] = _local(checkpoint, options) | {
-        "dtype": dtype,
-        "attn_implementation": "sdpa",
-    }
+    arguments: dict[str, Any] = _local(checkpoint, options) | {"dtype": dtype}
+    if code.generates:  # encoders that have no SDPA do without
+        arguments["attn_implementation"] = "sdpa"
     if checkpoint.kind == "gguf":
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
@@ -252,8 +269,9 @@ def _load_weights(
         raise stoker.ModelError(
             f"{path}: transformers cannot load it: {_one_line(error)}"
         ) from error
-    missing = sorted(report["missing_keys"])
-    if missing and code.generates:
+    # What encoders put their pooler on, a task of their training, is no part of an embedding.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise stoker.ModelError(
             f"{path}: the checkpoint has no weights for {', '.join(missing[:3])}{more}; it is incomplete, or "
