@@ -101,7 +101,8 @@ class TorchRuntime(Runtime):
             raise EngineError(f"{self.info.name} draws no tokens")
         if self._logits is None:
             raise EngineError("there are no logits to draw from")
-        return self._sampler.sample(self._logits, batch)
+        tokens: NDArray[np.int64] = self._sampler.sample(self._logits, batch)
+        return tokens
 
     @torch.inference_mode()
     def _forward(self, batch: RaggedBatch) -> torch.Tensor | None:
