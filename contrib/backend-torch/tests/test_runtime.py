@@ -184,7 +184,8 @@ def test_what_our_attention_cannot_do_is_refused() -> None:
 
     def biased(*args: Any, **kwargs: Any) -> Any:
         if model.config._attn_implementation == "stoker":  # as one that passes on less would be
-            kwargs["position_embeddings"] = tuple(-x for x in kwargs["position_embeddings"])
+            cos, sin = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = cos, -sin
         return plain(*args, **kwargs)
 
     attention.forward = biased
