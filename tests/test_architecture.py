@@ -43,6 +43,7 @@ PUBLIC = {
     *("OutputParser", "Piece", "ReasoningPiece", "TextPiece", "TokenLogprob"),
     *("Tool", "ToolChoice", "ToolFormat", "ToolFormatInfo"),
     "HttpAnswer",
+    *("DeviceStepOutput", "SampleInput", "TokenEdits"),
 }
 
 

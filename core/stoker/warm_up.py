@@ -194,7 +194,9 @@ class WarmUp:
                 f"{did_you_mean(line.model, ids)} Served: {', '.join(ids)}."
             )
         if not _generates(found[0]):
-            raise ConfigError(f"{where}: the model {line.model!r} only embeds; name one that writes text")
+            raise ConfigError(
+                f"{where}: the model {line.model!r} only embeds; name one that writes text"
+            )
         return found
 
     def _request(self, where: str, model: RoutedModel, line: WarmUpLine) -> Request:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from stoker.errors import ModelError
-from stoker.types import LocalModel, StepInput, StepOutput
+from stoker.types import LocalModel, SampleInput, StepInput, StepOutput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +53,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
             tokens, and for generated tokens one by one.
         shares_kv: ``copy_prefix`` shares memory instead of copying it; a copied token takes no room.
         lane_locality: Steps over neighbouring lanes are quicker than steps over scattered ones.
+        samples: ``sample`` works: the logits lie on a device, and tokens are drawn there. ``step`` answers
+            with a ``DeviceStepOutput`` then.
     """
 
     generates: bool = True
@@ -65,6 +67,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     exact_tail: Literal["any", "whole"] = "any"
     shares_kv: bool = False
     lane_locality: bool = False
+    samples: bool = False
 
 
 class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,6 +202,21 @@ class Runtime(ABC):
     def restore(self, lane: int, snapshot: bytes) -> int:
         """Put a snapshot's KV into a lane; returns its number of tokens."""
         raise TypeError(f"{self.info.name} has no capability snapshot")
+
+    def sample(self, batch: SampleInput) -> NDArray[Any]:
+        """Draw tokens from the logits of the latest ``step``, where they lie.
+
+        At most one call for each step, and none for a step without wanted rows; not all of them need be
+        among the batch's. The logits stay as they are: they may be fetched afterwards. For the engine the
+        step is over when this returns.
+
+        Args:
+            batch: Rows and parameters; its documentation says what is to be computed.
+
+        Returns:
+            ``int64[N]``: a token for each row; -1 for a row without a finite maximum.
+        """
+        raise TypeError(f"{self.info.name} has no capability samples")
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[Any]:
         """One vector for each token sequence, pooled as ``RuntimeInfo.embedding`` says.

@@ -2,7 +2,9 @@
 
 ``ScriptedRuntime`` is a deterministic model that costs nothing; ``EngineHarness`` drives an engine step by
 step; ``FakeClock`` is a clock that a test moves; ``FaultyRuntime`` and ``FaultyPolicy`` go wrong on purpose;
-``ByteVocabulary`` and ``read_output`` try a tool format's grammar and parser.
+``ByteVocabulary`` and ``read_output`` try a tool format's grammar and parser; ``reference_sample`` draws
+tokens as a runtime that samples has to. The ``Conformance`` classes are suites to subclass in pytest, which
+prove a plugin right (``docs/conformance.md``).
 Names are resolved on first use, as in ``stoker`` itself: the bundled plugins name the scripted backend's
 options without loading numpy.
 """
@@ -14,9 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stoker.testing.clock import FakeClock
+    from stoker.testing.conformance.backend import BackendConformance
+    from stoker.testing.conformance.subjects import (
+        BackendUnderTest,
+        MiddlewareUnderTest,
+        ObserverUnderTest,
+        PolicyUnderTest,
+        Refusal,
+    )
     from stoker.testing.faults import Fault, FaultyPolicy, FaultyRuntime
     from stoker.testing.harness import EngineHarness, Submitted
     from stoker.testing.outputs import ByteVocabulary, read_output
+    from stoker.testing.reference_sampling import reference_sample
     from stoker.testing.scripted import (
         ScriptedBackend,
         ScriptedRuntime,
@@ -26,12 +37,18 @@ if TYPE_CHECKING:
     from stoker.testing.scripted_options import ScriptedOptions
 
 _HOME_OF = {
+    "BackendConformance": "conformance.backend",
+    "BackendUnderTest": "conformance.subjects",
     "ByteVocabulary": "outputs",
     "EngineHarness": "harness",
     "FakeClock": "clock",
     "Fault": "faults",
     "FaultyPolicy": "faults",
     "FaultyRuntime": "faults",
+    "MiddlewareUnderTest": "conformance.subjects",
+    "ObserverUnderTest": "conformance.subjects",
+    "PolicyUnderTest": "conformance.subjects",
+    "Refusal": "conformance.subjects",
     "ScriptedBackend": "scripted",
     "ScriptedOptions": "scripted_options",
     "ScriptedRuntime": "scripted",
@@ -39,15 +56,22 @@ _HOME_OF = {
     "ScriptedTokenizer": "scripted",
     "Submitted": "harness",
     "read_output": "outputs",
+    "reference_sample": "reference_sampling",
 }
 
 __all__ = [
+    "BackendConformance",
+    "BackendUnderTest",
     "ByteVocabulary",
     "EngineHarness",
     "FakeClock",
     "Fault",
     "FaultyPolicy",
     "FaultyRuntime",
+    "MiddlewareUnderTest",
+    "ObserverUnderTest",
+    "PolicyUnderTest",
+    "Refusal",
     "ScriptedBackend",
     "ScriptedOptions",
     "ScriptedRuntime",
@@ -55,6 +79,7 @@ __all__ = [
     "ScriptedTokenizer",
     "Submitted",
     "read_output",
+    "reference_sample",
 ]
 
 

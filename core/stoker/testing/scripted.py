@@ -31,8 +31,9 @@ from stoker.interfaces import (
     Tunable,
     TunableValue,
 )
+from stoker.testing.reference_sampling import reference_sample
 from stoker.testing.scripted_options import ScriptedOptions
-from stoker.types import LocalModel, StepInput, StepOutput
+from stoker.types import DeviceStepOutput, LocalModel, SampleInput, StepInput, StepOutput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,6 +108,7 @@ class ScriptedRuntime(Runtime):
         before_step: Called with every step's input first; may raise, to play a failing runtime.
         num_steps: Steps computed so far.
         before_embed: Called with every piece of inputs that is embedded, as ``before_step`` is.
+        num_fetched_rows: With ``samples``, rows of logits that were asked for so far.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class ScriptedRuntime(Runtime):
                 exact_from=options.exact_from,
                 exact_tail=options.exact_tail,
                 embed=options.embed,
+                samples=options.samples,
             ),
             embedding=EmbeddingInfo(
                 width=_EMBEDDING_WIDTH,
@@ -158,6 +161,8 @@ class ScriptedRuntime(Runtime):
         self.before_step: Callable[[StepInput], None] | None = None
         self.before_embed: Callable[[Sequence[Sequence[int]]], None] | None = None
         self.num_steps = 0
+        self.num_fetched_rows = 0
+        self._latest = np.empty((0, _VOCABULARY), np.float32)
         # KV: for each lane, the hash of its first n tokens at [lane, n].
         self._states = np.zeros((lanes, context_length + 1), np.uint64)
         self._lengths = np.zeros(lanes, np.int64)
@@ -184,11 +189,45 @@ class ScriptedRuntime(Runtime):
         if options.step_s or options.token_s:
             seconds = options.step_s + options.token_s * len(step.token_ids)
             time.sleep(seconds * self._slowness)
-        if int(self._lengths.sum()) + len(step.token_ids) > self.info.kv_capacity_tokens:
+        if not self._has_room(step):
             return StepOutput(np.empty((0, _VOCABULARY), np.float32), no_room=True)
         self.num_steps += 1
         states = self._advance(step)[step.wants_logits]
-        return StepOutput(self._one_hot[self._next_tokens(states, self._earlier(step))])
+        logits = self.make_logits(states, self._next_tokens(states, self._earlier(step)))
+        if not options.samples:
+            return StepOutput(logits)
+        self._latest = logits
+        return DeviceStepOutput(self._fetch)
+
+    def make_logits(
+        self, states: NDArray[np.uint64], tokens: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """The rows of a step; for models that say something else after the same text.
+
+        Args:
+            states: ``uint64[R]``, the hash of all that is in the lane.
+            tokens: ``int64[R]``, the next tokens of the scripted model.
+
+        Returns:
+            ``float32[R, vocab]``.
+        """
+        return self._one_hot[tokens]
+
+    def sample(self, batch: SampleInput) -> NDArray[np.int64]:
+        """With ``samples``: draw tokens from the latest step's logits."""
+        if not self.info.capabilities.samples:
+            super().sample(batch)
+        return reference_sample(self._latest, batch)
+
+    def _fetch(self, rows: NDArray[np.intp] | None) -> NDArray[np.float32]:
+        logits = self._latest if rows is None else self._latest[rows]
+        self.num_fetched_rows += len(logits)
+        return logits
+
+    def _has_room(self, step: StepInput) -> bool:
+        if np.any(step.positions >= self.info.context_length):
+            return False
+        return int(self._lengths.sum()) + len(step.token_ids) <= self.info.kv_capacity_tokens
 
     def _earlier(self, step: StepInput) -> NDArray[np.int64] | None:
         """For each row of logits the token one period before the next one; -1 if there is none."""

@@ -34,6 +34,7 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         embed: Whether it embeds: texts with the same bytes get similar vectors.
         matryoshka: Whether its vectors may be cut.
         max_input_tokens: Most tokens of an input; ``None`` for the context length.
+        samples: Whether it plays a device: it draws the tokens, and its logits have to be fetched.
     """
 
     end_every: int = 0
@@ -53,3 +54,4 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     embed: bool = True
     matryoshka: bool = False
     max_input_tokens: int | None = None
+    samples: bool = False

@@ -19,9 +19,11 @@ from stoker_backend_torch.devices import (
 from stoker_backend_torch.embedding_loading import load_embedding_runtime, make_embedder
 from stoker_backend_torch.kv import ContiguousKv
 from stoker_backend_torch.openmp import set_threads
+from stoker_backend_torch.packing import pack_linear_layers
 from stoker_backend_torch.planning import Plan, make_plan
 from stoker_backend_torch.probe import look_at
 from stoker_backend_torch.runtime import TorchRuntime
+from stoker_backend_torch.sampler import can_sample_on
 from stoker_backend_torch.weights import LoadedModel, ModelCode, find_code, load_model
 
 if TYPE_CHECKING:
@@ -92,8 +94,10 @@ def load_runtime(
     if per_token != kv_bytes_per_token(loaded.config, dtype):
         # The weights are there already: what is free need not hold them once more.
         plan = _plan(request, loaded.config, 0, device, dtype, per_token)
+    num_packed = pack_linear_layers(loaded.model) if device.type == "cpu" else 0
     memory = ContiguousKv(shapes, plan.num_lanes, plan.context_length, dtype, device)
-    info = _describe(request, loaded, plan, extra_settings, [*warnings, *plan.warnings])
+    how = {**extra_settings, "linear_layers": "packed" if num_packed else "plain"}
+    info = _describe(request, loaded, plan, how, [*warnings, *plan.warnings])
     embedder, embedding = make_embedder(loaded, checkpoint, options, plan.context_length)
     if embedding is not None:
         can = msgspec.structs.replace(info.capabilities, embed=True)
@@ -145,6 +149,17 @@ def _num_logits(loaded: LoadedModel) -> int:
     return int(rows or loaded.config.vocab_size)
 
 
+def _samples(wanted: str, device: torch.device) -> bool:
+    """Whether tokens are drawn on the device: where it is none of the host's, unless asked otherwise."""
+    if wanted == "device" and not can_sample_on(device):
+        raise stoker.ConfigError(
+            f"sampling = 'device' is not possible on {device}; use 'host' or 'auto'"
+        )
+    return wanted == "device" or (
+        wanted == "auto" and device.type != "cpu" and can_sample_on(device)
+    )
+
+
 def _describe(
     request: _Request,
     loaded: LoadedModel,
@@ -168,7 +183,13 @@ def _describe(
         device=str(loaded.device),
         weights_bytes=loaded.weights_bytes,
         kv_bytes=plan.kv_bytes,
-        capabilities=stoker.Capabilities(truncation="any", copy_prefix=True, snapshot=True),
+        capabilities=stoker.Capabilities(
+            truncation="any",
+            copy_prefix=True,
+            snapshot=True,
+            lane_locality=True,
+            samples=_samples(options.sampling, loaded.device),
+        ),
         settings={
             "architecture": type(loaded.model).__name__,
             "device": str(loaded.device),

@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from stoker import EngineError, Runtime, RuntimeInfo, StepInput, StepOutput
+from stoker import (
+    DeviceStepOutput,
+    EngineError,
+    Runtime,
+    RuntimeInfo,
+    SampleInput,
+    StepInput,
+    StepOutput,
+)
 from stoker_backend_torch.attention import attach
 from stoker_backend_torch.ragged import RaggedBatch, find_runs
+from stoker_backend_torch.sampler import TorchSampler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,6 +61,10 @@ class TorchRuntime(Runtime):
         self._memory: ContiguousKv | None = memory
         self._embedder = embedder
         self._lengths = np.zeros(info.num_lanes, np.int64)
+        self._sampler: TorchSampler | None = None
+        if info.capabilities.samples:
+            self._sampler = TorchSampler(loaded.device, info.vocab_size)
+        self._logits: torch.Tensor | None = None
         self._no_logits = np.empty((0, info.vocab_size), np.float32)
         self._no_logits.flags.writeable = False
         kind = repr((info.name, info.vocab_size, info.weights_bytes, str(loaded.dtype)))
@@ -72,23 +85,49 @@ class TorchRuntime(Runtime):
         if np.any(batch.ends > self.info.context_length):
             return StepOutput(logits=self._no_logits, no_room=True)
         memory.begin(batch)
-        logits = self._forward(batch)
+        self._logits = self._forward(batch)
         # Rows behind a lane's length are nobody's: a pass that failed has changed nothing.
         self._lengths[batch.touched] = batch.ends
-        return StepOutput(logits=logits)
+        if not len(batch.wanted):
+            return StepOutput(logits=self._no_logits)
+        if self._sampler is not None:
+            return DeviceStepOutput(self._fetch)
+        return StepOutput(logits=self._fetch(None))
 
-    def _forward(self, batch: RaggedBatch) -> NDArray[np.float32]:
+    def sample(self, batch: SampleInput) -> NDArray[np.int64]:
+        """Draw tokens from the latest step's logits, on the device."""
+        self._open()
+        if self._sampler is None:
+            raise EngineError(f"{self.info.name} draws no tokens")
+        if self._logits is None:
+            raise EngineError("there are no logits to draw from")
+        tokens: NDArray[np.int64] = self._sampler.sample(self._logits, batch)
+        return tokens
+
+    @torch.inference_mode()
+    def _forward(self, batch: RaggedBatch) -> torch.Tensor | None:
+        """The wanted rows' logits, ``[R, vocab]``, on the device; ``None`` if none are wanted."""
+        rows = {
+            "input_ids": torch.from_numpy(batch.token_ids[None]).to(self._device),
+            "position_ids": torch.from_numpy(batch.positions[None]).to(self._device),
+            "use_cache": False,
+        }
+        if not len(batch.wanted):
+            self._model.base_model(**rows)  # without its head
+            return None
+        wanted = torch.from_numpy(batch.wanted).to(self._device)
+        logits: torch.Tensor = self._model(**rows, logits_to_keep=wanted).logits[0]
+        return logits
+
+    def _fetch(self, rows: NDArray[np.intp] | None) -> NDArray[np.float32]:
+        """Rows of the latest step's logits on the host; all of them if none are named."""
+        if self._logits is None:
+            raise EngineError("the step's logits are gone")
         with torch.inference_mode():
-            wanted = torch.from_numpy(batch.wanted)
-            output = self._model(
-                input_ids=torch.from_numpy(batch.token_ids[None]).to(self._device),
-                position_ids=torch.from_numpy(batch.positions[None]).to(self._device),
-                use_cache=False,
-                logits_to_keep=wanted.to(self._device),
-            )
-            if not len(wanted):
-                return self._no_logits
-            logits: NDArray[np.float32] = output.logits[0].float().cpu().numpy()
+            chosen = self._logits
+            if rows is not None:
+                chosen = chosen[torch.from_numpy(rows).to(self._device)]
+            logits: NDArray[np.float32] = chosen.float().cpu().numpy()
         logits.flags.writeable = False
         return logits
 
@@ -168,6 +207,7 @@ class TorchRuntime(Runtime):
             attach(self._model, None)
         self._memory = None
         self._model = None
+        self._logits = None
 
     def _open(self) -> ContiguousKv:
         if self._memory is None:
