@@ -251,6 +251,7 @@ def _load_weights(
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = checkpoint.kind == "safetensors"
+    arguments["config"] = code.config  # read already
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
     auto = transformers.AutoModelForCausalLM if code.generates else transformers.AutoModel
