@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stoker.testing.clock import FakeClock
     from stoker.testing.conformance.backend import BackendConformance
+    from stoker.testing.conformance.policy import PolicyConformance
     from stoker.testing.conformance.subjects import (
         BackendUnderTest,
         MiddlewareUnderTest,
@@ -47,6 +48,7 @@ _HOME_OF = {
     "FaultyRuntime": "faults",
     "MiddlewareUnderTest": "conformance.subjects",
     "ObserverUnderTest": "conformance.subjects",
+    "PolicyConformance": "conformance.policy",
     "PolicyUnderTest": "conformance.subjects",
     "Refusal": "conformance.subjects",
     "ScriptedBackend": "scripted",
@@ -70,6 +72,7 @@ __all__ = [
     "FaultyRuntime",
     "MiddlewareUnderTest",
     "ObserverUnderTest",
+    "PolicyConformance",
     "PolicyUnderTest",
     "Refusal",
     "ScriptedBackend",
