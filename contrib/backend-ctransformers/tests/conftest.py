@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from legacy_ggml import make_model
 
 import stoker
+from legacy_ggml import make_model
 from stoker_backend_ctransformers.backend import CTransformersBackend
 from stoker_backend_ctransformers.options import CTransformersOptions
 from stoker_backend_ctransformers.runtime import CTransformersRuntime

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import legacy_ggml
 import numpy as np
 import pytest
-from legacy_ggml import ARCHITECTURES, CONTEXT, HEADS, LAYERS, WIDTH, make_model
 
+import legacy_ggml
+from legacy_ggml import ARCHITECTURES, CONTEXT, HEADS, LAYERS, WIDTH, make_model
 from stoker_backend_ctransformers.runtime import CTransformersRuntime
 
 # float16 tables for exp and GELU, float16 keys and values in most architectures, and activations that are

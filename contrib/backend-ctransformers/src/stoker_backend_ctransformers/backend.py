@@ -224,7 +224,9 @@ def _describe(
         eos_token=tokenizer.eos_token,
         weights_bytes=copies * file.weights_bytes,
         kv_bytes=lanes * (each if file.mapped else each - file.weights_bytes),
-        capabilities=stoker.Capabilities(truncation=options.truncation, exact_block=EXACT_BLOCK),
+        capabilities=stoker.Capabilities(
+            truncation=options.truncation, exact_block=EXACT_BLOCK, exact_tail="whole"
+        ),
         settings={
             "architecture": file.architecture.name,
             "format": f"{file.magic} {file.version}" if file.version else file.magic,

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["EXACT_BLOCK", "CTransformersRuntime"]
 
 EXACT_BLOCK = 32
-"""ggml adds products up in groups of 32 cells of KV, and what remains one by one: see
-``Capabilities.exact_block``."""
+"""ggml adds products up in groups of 32 cells of KV; what remains, in a way that depends on how much it is.
+See ``Capabilities.exact_block`` and ``exact_tail``."""
 
 
 class CTransformersRuntime(Runtime):
@@ -119,10 +119,12 @@ class CTransformersRuntime(Runtime):
             start = index + 1
         if start < end:
             self._evaluate(instance, tokens[start:], first + start)
-        # Cuts inside of whole blocks have changed their last bits; other requests may find them later.
+        # Such cuts have changed the last bits of the KV, which other prompts may find later: once more,
+        # unless there is no whole block: then it is a draft, or so short that it does not matter.
         block = -first % EXACT_BLOCK
         last = end - (first + end) % EXACT_BLOCK
-        if any(block < i + 1 < last and (first + i + 1) % EXACT_BLOCK for i in wanted):
+        cuts = [index + 1 for index in wanted if block < index + 1 < end]
+        if block < last and any((first + cut) % EXACT_BLOCK for cut in cuts):
             self._evaluate(instance, tokens[block:last], first + block)
             if last < end:
                 self._evaluate(instance, tokens[last:], first + last)
