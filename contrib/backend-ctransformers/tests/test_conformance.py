@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from legacy_ggml import make_model
 
 import stoker_backend_ctransformers
+from legacy_ggml import make_model
 from stoker import LoadSettings, LocalModel
 from stoker.testing import BackendConformance, BackendUnderTest
 from stoker_backend_ctransformers.options import CTransformersOptions

@@ -49,7 +49,16 @@ _MAX_FIELD, _MAX_NAME, _MAX_TOKEN, _MAX_LAYERS = 2**27, 256, 4096, 1024
 
 
 class _UnreadableError(Exception):
-    """The file is not of the layout that it is read with."""
+    """The file is not of the layout that it is read with.
+
+    Args:
+        reason: Why not.
+        num_found: How many of its tensors are there all the same.
+    """
+
+    def __init__(self, reason: str, num_found: int = 0) -> None:
+        super().__init__(reason)
+        self.num_found = num_found
 
 
 class _UnusableError(Exception):
@@ -115,18 +124,18 @@ def _read(path: Path, file: BinaryIO, size: int, wanted: Sequence[str]) -> Legac
     magic = MAGICS.get(start)
     if magic is None:
         raise ModelError(f"{path} is no legacy GGML file: it begins with {start!r}")
-    reasons: list[tuple[int, str]] = []
+    reasons: list[tuple[int, int, str]] = []
     for name in wanted:
         reader = _Reader(file, size)
         try:
             return _read_as(ARCHITECTURES[name], magic, reader)
         except _UnreadableError as error:
-            reasons.append((reader.position, f"{error} (read as {name})"))
+            reasons.append((error.num_found, reader.position, f"{error} (read as {name})"))
         except _UnusableError as error:
             raise ModelError(f"{path} {error}") from error
     # The layout that explains most of the file is its own; what ended that is what is wrong.
     raise ModelError(
-        f"{path} cannot be used: {max(reasons)[1]}; it is damaged or incomplete, or of an architecture "
+        f"{path} cannot be used: {max(reasons)[2]}; it is damaged or incomplete, or of an architecture "
         f"that ctransformers does not know (set the option model_type; known: {', '.join(ARCHITECTURES)})"
     )
 
@@ -261,14 +270,18 @@ def _check_tensors(architecture: Architecture, sizes: dict[str, int], num_layers
     expected = architecture.expected(num_layers)
     missing = sorted(expected - sizes.keys())
     if missing:
-        raise _UnreadableError(f"it lacks {len(missing)} tensors, such as {missing[0]!r}")
+        raise _UnreadableError(
+            f"it lacks {len(missing)} tensors, such as {missing[0]!r}", len(expected) - len(missing)
+        )
     if (
         architecture.layer_tensors is None
     ):  # varies within the architecture; ctransformers checks it
         return
     unknown = sorted(sizes.keys() - expected - architecture.optional)
     if unknown:
-        raise _UnreadableError(f"it has {len(unknown)} unknown tensors, such as {unknown[0]!r}")
+        raise _UnreadableError(
+            f"it has {len(unknown)} unknown tensors, such as {unknown[0]!r}", len(expected)
+        )
 
 
 def _check_quantisation(

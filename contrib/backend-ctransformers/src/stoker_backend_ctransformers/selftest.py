@@ -33,6 +33,7 @@ COMMAND: Sequence[str] = (sys.executable, "-P", "-m", "stoker_backend_ctransform
 """What is run, followed by the path, ``--json`` and the settings; tests put something else here."""
 
 _REFUSED, _NOT_FINITE = 3, 4
+_LOADED = "the model is loaded"
 _BASE_LIMIT_S = 120.0
 _LIMIT_S_PER_BYTE = 1 / 10e6  # a slow disk, and a slow CPU
 
@@ -46,12 +47,14 @@ class Outcome:
         refused: ctransformers' reason not to load the model.
         problem: Why the test says nothing: it could not be run, or took too long.
         said: The last line that the child wrote.
+        loaded: Whether the crash came after loading, in a computation.
     """
 
     crash: str = ""
     refused: str = ""
     problem: str = ""
     said: str = ""
+    loaded: bool = False
 
 
 def find_batch_size(path: Path, settings: NativeSettings) -> tuple[int, str]:
@@ -74,7 +77,7 @@ def find_batch_size(path: Path, settings: NativeSettings) -> tuple[int, str]:
             return batch_size, f"The self-test of the model says nothing: {outcome.problem}."
         if not outcome.crash and not outcome.refused:
             break
-        if outcome.refused or batch_size == 1 or outcome.crash == "SIGKILL":
+        if not outcome.loaded or batch_size == 1:
             raise _failure(path, settings, outcome)
         batch_size = max(1, batch_size // 4)
     with contextlib.suppress(OSError):  # no cache only costs time
@@ -95,18 +98,19 @@ def run_selftest(path: Path, settings: NativeSettings) -> Outcome:
         return Outcome(problem=f"it did not end within {limit_s:.0f} s")
     except OSError as error:
         return Outcome(problem=f"it could not be started ({error})")
-    lines = (done.stderr + done.stdout).decode("utf-8", "replace").strip().splitlines()
+    loaded = _LOADED.encode() in done.stdout
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
     said = " ".join(lines[-1].split())[:300] if lines else ""
     code = done.returncode
     if code == 0:
         return Outcome()
     if code < 0:
         known = {number.value: number.name for number in signal.Signals}
-        return Outcome(crash=known.get(-code, f"signal {-code}"), said=said)
+        return Outcome(crash=known.get(-code, f"signal {-code}"), said=said, loaded=loaded)
     if code == _NOT_FINITE:
         return Outcome(crash="logits that are no numbers", said=said)
     if code == _REFUSED:
-        return Outcome(refused="; ".join(lines[:3])[:500])
+        return Outcome(refused="; ".join(lines[:3])[:500] or "it does not say why")
     # Parts of ctransformers call exit() where they give up; a traceback of Python's is ours.
     if "Error" in said.partition(":")[0]:
         return Outcome(problem=f"it ended with code {code}: {said}")
@@ -156,6 +160,8 @@ def main(arguments: Sequence[str]) -> int:
 def _compute(path: Path, settings: NativeSettings) -> bool:
     """Compute the first and the last chunk of the context; whether the first one's logits are finite."""
     instance = Instance(path, settings)
+    sys.stdout.write(_LOADED)
+    sys.stdout.flush()
     length = min(settings.batch_size, instance.context_length)
     tokens = np.arange(length, dtype=np.int32) % instance.vocab_size
     instance.evaluate(tokens, 0)
