@@ -227,7 +227,7 @@ def test_memory_is_counted_for_each_lane(load: Load, monkeypatch: pytest.MonkeyP
     shared = 256 * 2**20
     each = one.weights_bytes + one.kv_bytes
     monkeypatch.setattr(machine, "available_memory", lambda: shared + 2 * each)
-    with pytest.raises(stoker.OutOfMemoryError, match="each of 3 lanes takes .*lower the number"):
+    with pytest.raises(stoker.OutOfMemoryError, match=r"each of 3 lanes takes .*lower the number"):
         load("gpt2", lanes=3)
     assert load("gpt2", lanes=2).info.num_lanes == 2
     assert load("gpt2", lanes=3, check_memory=False).info.num_lanes == 3
@@ -260,7 +260,7 @@ def test_facts_of_the_loaded_model(load: Load, tmp_path: Path) -> None:
     assert info.settings["library"] == find_build(None).parent.name
     can = info.capabilities
     assert can.truncation == "any"
-    assert not (can.copy_prefix or can.snapshot or can.embed)
+    assert [can.copy_prefix, can.snapshot, can.embed] == [False] * 3
     assert "since 2023" in info.warnings[-1]
     assert load("gpt2", truncation="reset").info.capabilities.truncation == "reset"
     assert CTransformersBackend().versions()["ctransformers"].startswith("0.2.")
@@ -307,7 +307,7 @@ def test_what_kills_the_library_is_refused_and_kills_nothing_else(tmp_path: Path
     """A model of another architecture, past our own checks."""
     path = written(tmp_path / "model.bin", make_model("gpt2"))
     for wrong in ("gptj", "falcon", "unheard-of"):
-        with pytest.raises(stoker.ModelError, match="ctransformers (refuses it|fails on)"):
+        with pytest.raises(stoker.ModelError, match=r"ctransformers (refuses it|fails on)"):
             selftest.find_batch_size(path, settings(path, model_type=wrong))
 
 
