@@ -134,8 +134,9 @@ def _read(path: Path, file: BinaryIO, size: int, wanted: Sequence[str]) -> Legac
         except _UnusableError as error:
             raise ModelError(f"{path} {error}") from error
     # The layout that explains most of the file is its own; what ended that is what is wrong.
+    likeliest = max(reasons, key=lambda reason: reason[:2])
     raise ModelError(
-        f"{path} cannot be used: {max(reasons, key=lambda reason: reason[:2])[2]}; it is damaged or incomplete, or of an architecture "
+        f"{path} cannot be used: {likeliest[2]}; it is damaged or incomplete, or of an architecture "
         f"that ctransformers does not know (set the option model_type; known: {', '.join(ARCHITECTURES)})"
     )
 
