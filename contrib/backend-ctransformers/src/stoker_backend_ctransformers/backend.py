@@ -163,14 +163,22 @@ def _exact_batch_size(wanted: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
+def _kv_bytes(file: LegacyFile, context: int) -> int:
+    """Bytes of one instance's KV memory."""
+    # Examples of ggml make it as large as the file says, whatever context is asked for.
+    fixed = not file.architecture.spm and file.architecture.name != "mpt"
+    return file.kv_bytes(file["n_ctx"] if fixed else context)
+
+
 def _memory_needed(file: LegacyFile, context: int) -> tuple[int, int]:
     """Bytes of each instance, and of what all instances share."""
-    # Examples of ggml make the KV memory as large as the file says, whatever context is asked for.
-    fixed = not file.architecture.spm and file.architecture.name != "mpt"
-    kv_bytes = file.kv_bytes(file["n_ctx"] if fixed else context)
+    if file.architecture.spm:  # buffers for intermediate results of its own; examples share theirs
+        each, shared = _kv_bytes(file, context) + _WORKING_BYTES, 0
+    else:
+        each, shared = _kv_bytes(file, context), _WORKING_BYTES
     if file.mapped:
-        return kv_bytes, file.weights_bytes + _WORKING_BYTES
-    return kv_bytes + file.weights_bytes, _WORKING_BYTES
+        return each, shared + file.weights_bytes
+    return each + file.weights_bytes, shared
 
 
 def _choose_lanes(
@@ -210,7 +218,6 @@ def _describe(
     lanes: int,
 ) -> stoker.RuntimeInfo:
     """The facts of the loaded model; the caller adds those that follow from its settings."""
-    each, _ = _memory_needed(file, native.context_length)
     copies = 1 if file.mapped else lanes
     return stoker.RuntimeInfo(
         name=model.model_id or file.architecture.name,
@@ -223,7 +230,7 @@ def _describe(
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         weights_bytes=copies * file.weights_bytes,
-        kv_bytes=lanes * (each if file.mapped else each - file.weights_bytes),
+        kv_bytes=lanes * _kv_bytes(file, native.context_length),
         capabilities=stoker.Capabilities(
             truncation=options.truncation, exact_block=EXACT_BLOCK, exact_tail="whole"
         ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,19 +47,27 @@ def find_build(wanted: str | None) -> Path:
     Raises:
         ModelError: ctransformers is not installed or brings no build for this platform.
     """
-    flags = cpu_flags()
-    if wanted is None and flags:  # ctransformers' own detection takes a second
-        usable = {"avx2": "avx2" in flags, "avx": {"avx", "f16c"} <= flags}
-        wanted = next((name for name, works in usable.items() if works), "basic")
     try:
-        from ctransformers.lib import find_library  # noqa: PLC0415 - heavy
+        import ctransformers.lib as builds  # noqa: PLC0415 - heavy
 
-        return Path(find_library(wanted))
+        compiled_here = (Path(builds.__file__).parent / "lib" / "local").is_dir()
+        if wanted is None and not compiled_here and platform.machine() == "x86_64":
+            wanted = _best_build(cpu_flags())
+        return Path(builds.find_library(wanted))
     except (ImportError, OSError) as error:
         raise ModelError(
             f"ctransformers cannot be loaded ({str(error).splitlines()[0]}); it has builds for Linux and "
             "Windows on x86-64 and for macOS: pip install --force-reinstall ctransformers"
         ) from error
+
+
+def _best_build(flags: frozenset[str]) -> str | None:
+    """The choice of ctransformers itself, without the second that it takes to look at the CPU."""
+    if not flags:
+        return None  # not Linux: leave it to ctransformers
+    if "avx2" in flags:
+        return "avx2"
+    return "avx" if {"avx", "f16c"} <= flags else "basic"
 
 
 class Instance:
