@@ -2,7 +2,8 @@
 
 ``ScriptedRuntime`` is a deterministic model that costs nothing; ``EngineHarness`` drives an engine step by
 step; ``FakeClock`` is a clock that a test moves; ``FaultyRuntime`` and ``FaultyPolicy`` go wrong on purpose;
-``ByteVocabulary`` and ``read_output`` try a tool format's grammar and parser.
+``ByteVocabulary`` and ``read_output`` try a tool format's grammar and parser. The ``Conformance`` classes are
+suites to subclass in pytest, which prove a plugin right (``docs/conformance.md``).
 Names are resolved on first use, as in ``stoker`` itself: the bundled plugins name the scripted backend's
 options without loading numpy.
 """
@@ -14,6 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stoker.testing.clock import FakeClock
+    from stoker.testing.conformance.backend import BackendConformance
+    from stoker.testing.conformance.subjects import (
+        BackendUnderTest,
+        MiddlewareUnderTest,
+        ObserverUnderTest,
+        PolicyUnderTest,
+        Refusal,
+    )
     from stoker.testing.faults import Fault, FaultyPolicy, FaultyRuntime
     from stoker.testing.harness import EngineHarness, Submitted
     from stoker.testing.outputs import ByteVocabulary, read_output
@@ -26,12 +35,18 @@ if TYPE_CHECKING:
     from stoker.testing.scripted_options import ScriptedOptions
 
 _HOME_OF = {
+    "BackendConformance": "conformance.backend",
+    "BackendUnderTest": "conformance.subjects",
     "ByteVocabulary": "outputs",
     "EngineHarness": "harness",
     "FakeClock": "clock",
     "Fault": "faults",
     "FaultyPolicy": "faults",
     "FaultyRuntime": "faults",
+    "MiddlewareUnderTest": "conformance.subjects",
+    "ObserverUnderTest": "conformance.subjects",
+    "PolicyUnderTest": "conformance.subjects",
+    "Refusal": "conformance.subjects",
     "ScriptedBackend": "scripted",
     "ScriptedOptions": "scripted_options",
     "ScriptedRuntime": "scripted",
@@ -42,12 +57,18 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "BackendConformance",
+    "BackendUnderTest",
     "ByteVocabulary",
     "EngineHarness",
     "FakeClock",
     "Fault",
     "FaultyPolicy",
     "FaultyRuntime",
+    "MiddlewareUnderTest",
+    "ObserverUnderTest",
+    "PolicyUnderTest",
+    "Refusal",
     "ScriptedBackend",
     "ScriptedOptions",
     "ScriptedRuntime",

@@ -175,11 +175,16 @@ class ScriptedRuntime(Runtime):
         if options.step_s or options.token_s:
             seconds = options.step_s + options.token_s * len(step.token_ids)
             time.sleep(seconds * self._slowness)
-        if int(self._lengths.sum()) + len(step.token_ids) > self.info.kv_capacity_tokens:
+        if not self._has_room(step):
             return StepOutput(np.empty((0, _VOCABULARY), np.float32), no_room=True)
         self.num_steps += 1
         states = self._advance(step)[step.wants_logits]
         return StepOutput(self._one_hot[self._next_tokens(states, self._earlier(step))])
+
+    def _has_room(self, step: StepInput) -> bool:
+        if np.any(step.positions >= self.info.context_length):
+            return False
+        return int(self._lengths.sum()) + len(step.token_ids) <= self.info.kv_capacity_tokens
 
     def _earlier(self, step: StepInput) -> NDArray[np.int64] | None:
         """For each row of logits the token one period before the next one; -1 if there is none."""
