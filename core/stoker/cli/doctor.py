@@ -13,35 +13,44 @@ from stoker.errors import ConfigError, PluginError, StokerError
 
 if TYPE_CHECKING:
     from stoker.config import Config
+    from stoker.doctor.conformance import CheckResult
     from stoker.interfaces import Finding
 
 __all__ = ["command"]
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "problem": "PROBLEM"}
+_RESULTS = {"passed": "ok", "skipped": "skipped", "failed": "FAILED"}
 
 
 @click.command("doctor")
+@click.argument("plugin", required=False)
 @click.option(
     "--model",
     metavar="REF",
-    help="A model to look at, too.",
+    help="A model to look at, too; with PLUGIN the one that a backend is tried with.",
 )
+@click.option("--speed", is_flag=True, help="With PLUGIN: also measure. Nothing else should run.")
 @json_option
 @config_option
 @click.pass_context
 def command(
     ctx: click.Context,
     /,
+    plugin: str | None,
     config_path: str | None,
     model: str | None,
+    speed: bool,
     as_json: bool,
 ) -> int:
-    """Check this machine and installation.
+    """Check this machine and installation, or a plugin's conformance.
 
-    CPU, memory, disk, threads, plugins, configuration, models, address, and what the backends say of
-    themselves. Ends with 1 if there is a problem.
+    Without PLUGIN: CPU, memory, disk, threads, plugins, configuration, models, address, and what the backends
+    say of themselves. With PLUGIN (its name in `stoker plugins`, or that of a backend, policy, middleware or
+    observer): runs the conformance suites of what it offers. Ends with 1 if there is a problem.
     """
     state = State.of(ctx)
+    if plugin is not None:
+        return _conformance(state, plugin, config_path, model, speed=speed, as_json=as_json)
     findings = _say_so(_examine(state, config_path, model), as_json=as_json)
     counts = Counter(finding.level for finding in findings)
     if as_json:
@@ -138,3 +147,40 @@ def _print(findings: Sequence[Finding]) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+
+
+# --------------------------------------------------------------------------- a plugin's conformance
+
+
+def _conformance(
+    state: State,
+    plugin: str,
+    config_path: str | None,
+    model: str | None,
+    *,
+    speed: bool,
+    as_json: bool,
+) -> int:
+    from stoker.doctor import conformance
+
+    config, _ = state.config(config_path)
+    targets = conformance.find_targets(plugin, state.plugins, config, model)
+    results = conformance.run_suites(targets, speed=speed)
+    counts = Counter(result.outcome for result in results)
+    good = bool(counts["passed"]) and not counts["failed"]
+    if as_json:
+        print_json({"ok": good, "checks": results})
+        return 0 if good else 1
+    _print_results(results)
+    click.echo(
+        f"{plugin}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped."
+    )
+    return 0 if good else 1
+
+
+def _print_results(results: Sequence[CheckResult]) -> None:
+    rows = []
+    for result in results:
+        rows.append([_RESULTS[result.outcome], result.target, result.check])
+        rows += [["", "", f"   {line}"] for line in result.details()]
+    print_table(["", "what", "check"], rows)
