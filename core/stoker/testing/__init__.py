@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stoker.testing.clock import FakeClock
     from stoker.testing.conformance.backend import BackendConformance
+    from stoker.testing.conformance.policy import PolicyConformance
     from stoker.testing.conformance.subjects import (
         BackendUnderTest,
         MiddlewareUnderTest,
@@ -45,6 +46,7 @@ _HOME_OF = {
     "FaultyRuntime": "faults",
     "MiddlewareUnderTest": "conformance.subjects",
     "ObserverUnderTest": "conformance.subjects",
+    "PolicyConformance": "conformance.policy",
     "PolicyUnderTest": "conformance.subjects",
     "Refusal": "conformance.subjects",
     "ScriptedBackend": "scripted",
@@ -67,6 +69,7 @@ __all__ = [
     "FaultyRuntime",
     "MiddlewareUnderTest",
     "ObserverUnderTest",
+    "PolicyConformance",
     "PolicyUnderTest",
     "Refusal",
     "ScriptedBackend",
