@@ -121,7 +121,9 @@ def test_they_are_listed_and_one_server_runs_them_all(workshop: Workshop) -> Non
         row = rows[f"my-{kind}"]
         assert (row["distribution"], row["version"]) == (f"stoker-{kind}-my-{kind}", "0.1.0")
         assert row["provides"] == {kind: [f"my-{kind}"]}
-        assert row["status"] == ("active" if kind == "backend" else "available")  # any model may ask for it
+        assert row["status"] == (
+            "active" if kind == "backend" else "available"
+        )  # any model may ask for it
     (workshop.folder / "corpus.txt").write_text(CORPUS)
     train = "import sys; from stoker_backend_my_backend.model_file import main; main()"
     workshop.run("-c", train, "corpus.txt", "tiny.my-backend")

@@ -10,7 +10,7 @@ import pytest
 
 import stoker
 from stoker.config import Config, ModelConfig
-from stoker.discovery import PluginListing, Plugins
+from stoker.discovery import PluginListing, Plugins, load_plugins
 from stoker.doctor import asking, installation, machine
 from stoker.doctor.limits import Limits, read_limits
 from stoker.testing import ScriptedBackend, ScriptedSource
@@ -112,7 +112,7 @@ def test_thread_settings(environ: dict[str, str], threads: int | None, expected:
 
 
 def test_company_is_looked_for_and_python_is_fine() -> None:
-    (company,) = machine.check_company(0.01)
+    (company,) = machine.check_company(1, look_s=0.01)
     assert company.topic == "company"
     assert next(machine.check_python()).level == "ok"
 
@@ -131,6 +131,22 @@ def test_disk_names_what_shares_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # ------------------------------------------------------------------ the installation
+
+
+def test_company_matters_only_where_it_takes_our_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[tuple[int, float, str], float]] = []
+
+    def look(cores: int) -> stoker.Finding:
+        shown[:] = [{(1, 0.0, "busy"): 0.0, (2, 0.0, "new"): 9.0}, {(1, 0.0, "busy"): 10.0}]
+        (finding,) = machine.check_company(cores, look_s=0.0)
+        return finding
+
+    monkeypatch.setattr(machine, "_times", lambda: shown.pop(0))
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 10**9)
+    assert look(10**9).level == "warning"
+    assert "busy" in look(1).message
+    assert look(1).level == "note"
+
 
 BACKEND = stoker.BackendInfo(api_version=1, name="scripted", summary="", factory=ScriptedBackend)
 SOURCE = stoker.ModelSourceInfo(api_version=1, name="scripted", summary="", factory=ScriptedSource)
@@ -180,6 +196,32 @@ def test_models_are_found_and_nothing_is_fetched() -> None:
     )
     assert unaccepted.finding.level == "problem"
     assert "pip install" in unaccepted.finding.cure
+
+
+class Parts(Missing):
+    def available(self) -> Sequence[stoker.LocalModel]:
+        gone = Path("not") / "there.gguf"
+        return [stoker.LocalModel(path=gone, model_id="x", reference="pypi:parts", size_bytes=1)]
+
+    def folders(self) -> Sequence[Path]:
+        raise RuntimeError("no such luck")
+
+
+def test_a_model_in_parts_is_left_in_parts() -> None:
+    source = stoker.ModelSourceInfo(api_version=1, name="pypi", summary="", factory=Parts)
+    (found,) = installation.find_models(
+        Config(models=[ModelConfig(model="pypi:parts")]), Plugins.of(source)
+    )
+    assert (found.local, found.finding.level) == (None, "note")
+    assert "put together" in found.finding.message
+    assert installation.folders(Plugins.of(source)) == {}
+
+
+def test_the_sources_name_their_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    found = installation.folders(load_plugins(only=()))
+    assert found["models of pypi:"] == tmp_path
+    assert "models of file:" not in found
 
 
 def test_models_that_exceed_the_memory_are_a_warning() -> None:

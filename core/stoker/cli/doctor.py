@@ -81,7 +81,7 @@ def _examine(state: State, config_path: str | None, extra: str | None) -> Iterat
     config, finding = _configuration(state, config_path)
     cores = machine.usable_cores(limits)
     yield from machine.check_threads(os.environ, config.performance.threads, cores)
-    yield from machine.check_company()
+    yield from machine.check_company(cores)
     yield from installation.check_plugins(state.plugins.listing(config))
     yield finding
     yield installation.check_port(config.server.host, config.server.port, _running(config))

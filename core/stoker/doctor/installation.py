@@ -138,6 +138,13 @@ def _find(reference: str, backend: str, plugins: Plugins) -> FoundModel:
     default = " (the default model)" if reference == DEFAULT_MODEL else ""
     local = _available(reference, plugins)
     scheme, _ = split_reference(reference)
+    if local is not None and not local.path.exists():
+        message = (
+            f"{reference}{default} is here in parts; they are put together when it is first served."
+        )
+        return FoundModel(
+            reference, None, None, Finding(level="note", topic="models", message=message)
+        )
     if local is None and scheme in _AT_HAND:
         try:
             local = resolve_model(reference, plugins)
@@ -178,7 +185,7 @@ def _not_found(reference: str, why: str, local: LocalModel | None = None) -> Fou
 
 
 def _available(reference: str, plugins: Plugins) -> LocalModel | None:
-    """A model that its source has on this machine already."""
+    """A model that its source has on this machine already, if only in parts."""
     scheme, _ = split_reference(reference)
     source = plugins.sources().get(scheme)
     if source is None or scheme == "file":
@@ -191,8 +198,7 @@ def _available(reference: str, plugins: Plugins) -> LocalModel | None:
     fitting = [
         m for m in known if m.reference == reference or m.reference.startswith(f"{reference}/")
     ]
-    whole = [model for model in fitting if model.path.exists()]
-    return whole[0] if whole else None
+    return fitting[0] if fitting else None
 
 
 def _backend(local: LocalModel, wanted: str, plugins: Plugins) -> str | None:

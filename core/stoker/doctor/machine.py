@@ -337,8 +337,13 @@ def _num_threads(value: str, cores: int) -> Iterator[Finding]:
         )
 
 
-def check_company(look_s: float = _LOOK_S) -> Iterator[Finding]:
-    """What else keeps the cores busy; takes ``look_s`` seconds."""
+def check_company(cores: int, look_s: float = _LOOK_S) -> Iterator[Finding]:
+    """What else keeps the cores busy.
+
+    Args:
+        cores: Cores that can be used.
+        look_s: For how long to look.
+    """
     before = _times()
     started = time.monotonic()
     time.sleep(look_s)
@@ -356,6 +361,10 @@ def check_company(look_s: float = _LOOK_S) -> Iterator[Finding]:
         )
         return
     names = ", ".join(f"{name} ({share:.1f})" for share, name in busy[:3] if share >= 0.05)
+    if taken <= (psutil.cpu_count() or 1) - cores:
+        text = f"Other processes keep {taken:.1f} cores busy ({names}); as many are none of ours."
+        yield Finding(level="note", topic="company", message=text)
+        return
     yield Finding(
         level="warning",
         topic="company",
