@@ -60,10 +60,10 @@ class Doctor:
         self.folder = folder / "work"
         self.folder.mkdir()
         installed = folder / "site"
-        about = installed / "acme-1.0.dist-info"
+        about = installed / "acme_things-1.0.dist-info"
         about.mkdir(parents=True)
         (installed / "acme_plugin.py").write_text(ACME)
-        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-things\nVersion: 1.0\n")
         (about / "entry_points.txt").write_text("[stoker]\nthird-party = acme_plugin\n")
         path = os.pathsep.join(filter(None, [str(installed), os.environ.get("PYTHONPATH", "")]))
         self.environ = {
