@@ -211,7 +211,7 @@ def _backend(local: LocalModel, wanted: str, plugins: Plugins) -> str | None:
             if info.factory().accepts(local):
                 return name
         except Exception as error:  # noqa: BLE001  # somebody else's code; it gets a finding of its own
-            logger.warning("the backend %r cannot look at %s: %s", name, local.path, error)
+            logger.debug("the backend %r cannot look at %s: %s", name, local.path, error)
     return None
 
 
