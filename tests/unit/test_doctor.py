@@ -195,7 +195,7 @@ def test_models_are_found_and_nothing_is_fetched() -> None:
         Config(models=[ModelConfig(model="scripted:x")]), Plugins.of(SOURCE)
     )
     assert unaccepted.finding.level == "problem"
-    assert "pip install" in unaccepted.finding.cure
+    assert "stoker-backend-gguf" in unaccepted.finding.cure
 
 
 class Parts(Missing):
@@ -302,6 +302,6 @@ def test_backends_that_say_nothing_cost_no_process_and_broken_ones_a_warning() -
         raise ImportError("no library")
 
     broken = stoker.BackendInfo(api_version=1, name="bad", summary="", factory=fails)
-    (finding,) = asking.ask_backends(Plugins.of(BACKEND, broken), [])
+    (finding,) = asking.ask_backends(Plugins.of(BACKEND, broken), Config(), [])
     assert (finding.level, finding.topic) == ("warning", "bad")
     assert "ImportError: no library" in finding.message

@@ -88,7 +88,7 @@ def _examine(state: State, config_path: str | None, extra: str | None) -> Iterat
     found = installation.find_models(config, state.plugins, extra)
     yield from installation.check_models(found, machine.available_memory(limits))
     models = [(model.backend, model.local) for model in found if model.backend and model.local]
-    yield from asking.ask_backends(state.plugins, models)
+    yield from asking.ask_backends(state.plugins, config, models)
 
 
 def _configuration(state: State, path: str | None) -> tuple[Config, Finding]:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -19,7 +19,9 @@ from stoker.interfaces import Backend, Finding
 from stoker.types import LocalModel
 
 if TYPE_CHECKING:
+    from stoker.config import Config
     from stoker.discovery import Plugins
+    from stoker.interfaces import BackendInfo
 
 __all__ = ["COMMAND", "ask_backend", "ask_backends", "main"]
 
@@ -29,14 +31,18 @@ COMMAND: Sequence[str] = (sys.executable, "-P", "-m", "stoker.doctor.asking")
 _LIMIT_S = 300.0
 
 
-def ask_backends(plugins: Plugins, models: Sequence[tuple[str, LocalModel]]) -> Iterator[Finding]:
+def ask_backends(
+    plugins: Plugins, config: Config, models: Sequence[tuple[str, LocalModel]]
+) -> Iterator[Finding]:
     """What the installed backends say of this machine and of their models.
 
     Args:
         plugins: The backends.
+        config: Which of them are switched off.
         models: Backend -> a model that it loads.
     """
-    for name, info in plugins.backends().items():
+    for info in cast("list[BackendInfo]", plugins.active("backend", config)):
+        name = info.name
         try:
             kind = type(info.factory())
         except Exception as error:  # noqa: BLE001  # somebody else's code

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from stoker.config import DEFAULT_MODEL, ModelConfig
 from stoker.discovery import resolve_model, split_reference
@@ -19,6 +19,7 @@ from stoker.interfaces import Finding
 if TYPE_CHECKING:
     from stoker.config import Config
     from stoker.discovery import PluginListing, Plugins
+    from stoker.interfaces import BackendInfo
     from stoker.types import LocalModel
 
 __all__ = ["FoundModel", "check_models", "check_plugins", "check_port", "find_models", "folders"]
@@ -111,7 +112,9 @@ def find_models(config: Config, plugins: Plugins, extra: str | None = None) -> l
     wanted = [(model.model, model.backend) for model in config.models or [ModelConfig()]]
     wanted += [(model.draft_model, "auto") for model in config.models if model.draft_model]
     wanted += [(extra, "auto")] if extra else []
-    return [_find(reference, backend, plugins) for reference, backend in dict.fromkeys(wanted)]
+    return [
+        _find(reference, backend, config, plugins) for reference, backend in dict.fromkeys(wanted)
+    ]
 
 
 def check_models(found: Sequence[FoundModel], available: int) -> Iterator[Finding]:
@@ -134,7 +137,7 @@ def check_models(found: Sequence[FoundModel], available: int) -> Iterator[Findin
         )
 
 
-def _find(reference: str, backend: str, plugins: Plugins) -> FoundModel:
+def _find(reference: str, backend: str, config: Config, plugins: Plugins) -> FoundModel:
     default = " (the default model)" if reference == DEFAULT_MODEL else ""
     local = _available(reference, plugins)
     scheme, _ = split_reference(reference)
@@ -159,12 +162,15 @@ def _find(reference: str, backend: str, plugins: Plugins) -> FoundModel:
         )
         return FoundModel(reference, None, None, finding)
     try:
-        name = _backend(local, backend, plugins)
+        name = _backend(local, backend, config, plugins)
     except (StokerError, ImportError, OSError) as error:
         return _not_found(reference, f"its backend cannot be asked: {error}.", local)
     if name is None:
         message = f"{reference}{default}: none of the installed backends accepts {local.path}."
-        cure = "Install one: pip install stoker-backend-gguf (GGUF) or stoker-backend-torch (safetensors)."
+        cure = (
+            "Install one that does: stoker-backend-gguf (GGUF), stoker-backend-torch (safetensors) or "
+            "stoker-backend-ctransformers (GGML files from before GGUF)."
+        )
         return FoundModel(
             reference,
             local,
@@ -201,17 +207,17 @@ def _available(reference: str, plugins: Plugins) -> LocalModel | None:
     return fitting[0] if fitting else None
 
 
-def _backend(local: LocalModel, wanted: str, plugins: Plugins) -> str | None:
+def _backend(local: LocalModel, wanted: str, config: Config, plugins: Plugins) -> str | None:
     """The backend that loads a model, as ``serve`` chooses it."""
     if wanted != "auto":
         plugins.require("backend", wanted)
         return wanted
-    for name, info in plugins.backends().items():
+    for info in cast("list[BackendInfo]", plugins.active("backend", config)):
         try:
             if info.factory().accepts(local):
-                return name
+                return info.name
         except Exception as error:  # noqa: BLE001  # somebody else's code; it gets a finding of its own
-            logger.debug("the backend %r cannot look at %s: %s", name, local.path, error)
+            logger.debug("the backend %r cannot look at %s: %s", info.name, local.path, error)
     return None
 
 

@@ -221,9 +221,12 @@ def check_draft_model(target: Runtime, draft: Runtime, target_name: str, draft_n
         draft_name: What the draft model is called there.
 
     Raises:
-        ModelError: They have different vocabularies, or one of them cannot take tokens back.
+        ModelError: They have different vocabularies, or one of them cannot take tokens back, or only embeds.
     """
     pair = f"the draft model {draft_name} does not fit {target_name}"
+    for name, runtime in ((target_name, target), (draft_name, draft)):
+        if not runtime.info.capabilities.generates:
+            raise ModelError(f"{pair}: {name} only embeds; leave models.draft_model out")
     sizes = draft.info.vocab_size, target.info.vocab_size
     if sizes[0] != sizes[1]:
         raise ModelError(

@@ -2,8 +2,9 @@
 
 ``ScriptedRuntime`` is a deterministic model that costs nothing; ``EngineHarness`` drives an engine step by
 step; ``FakeClock`` is a clock that a test moves; ``FaultyRuntime`` and ``FaultyPolicy`` go wrong on purpose;
-``ByteVocabulary`` and ``read_output`` try a tool format's grammar and parser. The ``Conformance`` classes are
-suites to subclass in pytest, which prove a plugin right (``docs/conformance.md``).
+``ByteVocabulary`` and ``read_output`` try a tool format's grammar and parser; ``reference_sample`` draws
+tokens as a runtime that samples has to. The ``Conformance`` classes are suites to subclass in pytest, which
+prove a plugin right (``docs/conformance.md``).
 Names are resolved on first use, as in ``stoker`` itself: the bundled plugins name the scripted backend's
 options without loading numpy.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from stoker.testing.faults import Fault, FaultyPolicy, FaultyRuntime
     from stoker.testing.harness import EngineHarness, Submitted
     from stoker.testing.outputs import ByteVocabulary, read_output
+    from stoker.testing.reference_sampling import reference_sample
     from stoker.testing.scripted import (
         ScriptedBackend,
         ScriptedRuntime,
@@ -56,6 +58,7 @@ _HOME_OF = {
     "ScriptedTokenizer": "scripted",
     "Submitted": "harness",
     "read_output": "outputs",
+    "reference_sample": "reference_sampling",
 }
 
 __all__ = [
@@ -79,6 +82,7 @@ __all__ = [
     "ScriptedTokenizer",
     "Submitted",
     "read_output",
+    "reference_sample",
 ]
 
 
