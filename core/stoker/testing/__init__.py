@@ -15,8 +15,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stoker.testing.app import AppHarness
     from stoker.testing.clock import FakeClock
     from stoker.testing.conformance.backend import BackendConformance
+    from stoker.testing.conformance.middleware import MiddlewareConformance
+    from stoker.testing.conformance.observer import ObserverConformance
     from stoker.testing.conformance.policy import PolicyConformance
     from stoker.testing.conformance.subjects import (
         BackendUnderTest,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from stoker.testing.scripted_options import ScriptedOptions
 
 _HOME_OF = {
+    "AppHarness": "app",
     "BackendConformance": "conformance.backend",
     "BackendUnderTest": "conformance.subjects",
     "ByteVocabulary": "outputs",
@@ -46,7 +50,9 @@ _HOME_OF = {
     "Fault": "faults",
     "FaultyPolicy": "faults",
     "FaultyRuntime": "faults",
+    "MiddlewareConformance": "conformance.middleware",
     "MiddlewareUnderTest": "conformance.subjects",
+    "ObserverConformance": "conformance.observer",
     "ObserverUnderTest": "conformance.subjects",
     "PolicyConformance": "conformance.policy",
     "PolicyUnderTest": "conformance.subjects",
@@ -62,6 +68,7 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "AppHarness",
     "BackendConformance",
     "BackendUnderTest",
     "ByteVocabulary",
@@ -70,7 +77,9 @@ __all__ = [
     "Fault",
     "FaultyPolicy",
     "FaultyRuntime",
+    "MiddlewareConformance",
     "MiddlewareUnderTest",
+    "ObserverConformance",
     "ObserverUnderTest",
     "PolicyConformance",
     "PolicyUnderTest",

@@ -119,7 +119,7 @@ class Refusal:
 
     body: Mapping[str, Any]
     status: int
-    code: str | None
+    code: str
     before: Sequence[Mapping[str, Any]] = ()
     during: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
