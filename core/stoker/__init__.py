@@ -39,6 +39,7 @@ _HOMES = {
         "Eviction",
         "EvictionInfo",
         "EvictionStrategy",
+        "Finding",
         "Grammar",
         "GrammarCompiler",
         "GrammarInfo",

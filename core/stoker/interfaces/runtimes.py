@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from stoker.errors import ModelError
+from stoker.interfaces.findings import Finding
 from stoker.types import LocalModel, SampleInput, StepInput, StepOutput
 
 if TYPE_CHECKING:
@@ -348,6 +349,18 @@ class Backend(ABC):
     def versions(self) -> Mapping[str, str]:
         """What a measurement depends on besides machine and model: ``{"llama-cpp-python": "0.3.36"}``."""
         return {}
+
+    def diagnose(self, models: Sequence[LocalModel]) -> Sequence[Finding]:
+        """What ``stoker doctor`` should say about this backend on this machine.
+
+        Its library and how that was built, GPUs, a self-test. Called in a process of its own, which may take
+        a minute or two: whatever kills it becomes a finding.
+
+        Args:
+            models: The configured models, or the default one, as far as they are on the disk and this backend
+                loads them.
+        """
+        return ()
 
     def requantization(self, model: LocalModel) -> Requantization | None:
         """What types the model's weights could be turned into; ``None`` if into no other."""

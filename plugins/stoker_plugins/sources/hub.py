@@ -82,6 +82,14 @@ class HubSource(ModelSource):
             models += _cached_models(repo.repo_id, files)
         return sorted(models, key=lambda model: model.reference)
 
+    def folders(self) -> Sequence[Path]:
+        """The library's cache, if it is installed."""
+        try:
+            _import_hub()
+            return [Path(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE)]
+        except ModelError:
+            return ()
+
     def _from_cache(
         self, hub: ModuleType, repo: str, file: str | None, unreachable: Exception
     ) -> LocalModel:

@@ -77,6 +77,10 @@ class PackageSource(ModelSource):
                 continue
         return models
 
+    def folders(self) -> Sequence[Path]:
+        """Where models that come in parts are put together."""
+        return [cache_folder()]
+
 
 def _model(package: str, found: _Found) -> LocalModel:
     return LocalModel(
