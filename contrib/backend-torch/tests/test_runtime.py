@@ -254,3 +254,16 @@ def test_tokens_drawn_by_the_runtime_are_its_logits_greatest() -> None:
         )
     )
     assert drawn.tolist() == truth[[8, 3]].argmax(1).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, when it compiles
+def test_compiled_layers_give_the_same_logits() -> None:
+    model = make_model("gemma3")
+    truth = forward(model, TEXT)
+    pack_linear_layers(model)
+    runtime = make_runtime(model)
+    assert runtime.compile() > 0
+    close(run(runtime, (0, TEXT[:40], 0), every=True), truth[:40])
+    close(run(runtime, (0, TEXT[40:41], 40), (1, TEXT[:1], 0), every=True), truth[[40, 0]])
+    runtime.close()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stoker.interfaces import Runtime
     from stoker.types import StepOutput
 
-__all__ = ["DeviceSampling", "sample_input"]
+__all__ = ["DeviceSampling", "likeliest_tokens", "sample_input"]
 
 _MOST_TOP_K = (1 << 31) - 1
 
@@ -125,21 +125,57 @@ class DeviceSampling:
                     f"a request's parameters name a token that the model does not have: its "
                     f"vocabulary has {self._vocab_size}"
                 )
-        return self._checked(self._runtime.sample(batch), len(sequences))
+        return _checked(self._runtime.sample(batch), len(sequences), self._vocab_size)
 
-    def _checked(self, answer: Any, count: int) -> list[int]:
-        found = np.asarray(answer)
-        if found.shape != (count,) or found.dtype.kind not in "iu":
+
+def likeliest_tokens(runtime: Runtime, output: StepOutput, num_rows: int) -> list[int]:
+    """The likeliest token of each row of a step, drawn where the logits lie.
+
+    Args:
+        runtime: What computed the step.
+        output: What came of it.
+        num_rows: Rows that the step wanted.
+
+    Returns:
+        A token for each; any one for a row without a finite maximum.
+
+    Raises:
+        EngineError: There are not as many rows, or they do not hold the vocabulary.
+    """
+    vocab_size = runtime.info.vocab_size
+    if runtime.info.capabilities.samples:
+        if not num_rows:
+            return []
+        zeros = np.zeros(num_rows)
+        batch = SampleInput(
+            rows=np.arange(num_rows, dtype=np.int32),
+            temperature=zeros,
+            top_k=np.zeros(num_rows, np.int32),
+            top_p=np.ones(num_rows),
+            min_p=zeros,
+            draws=zeros,
+        )
+        return [max(0, token) for token in _checked(runtime.sample(batch), num_rows, vocab_size)]
+    logits, wanted = output.logits, (num_rows, vocab_size)
+    if logits.shape != wanted:
+        raise EngineError(f"its logits have the shape {logits.shape}, not {wanted}")
+    likeliest: list[int] = logits.argmax(axis=1).tolist() if num_rows else []
+    return likeliest
+
+
+def _checked(answer: Any, count: int, vocab_size: int) -> list[int]:
+    found = np.asarray(answer)
+    if found.shape != (count,) or found.dtype.kind not in "iu":
+        raise EngineError(
+            f"the runtime drew {found.dtype} of shape {found.shape}, not {count} tokens"
+        )
+    tokens: list[int] = found.tolist()
+    for token in tokens:
+        if not sampler.NOT_FINITE <= token < vocab_size:
             raise EngineError(
-                f"the runtime drew {found.dtype} of shape {found.shape}, not {count} tokens"
+                f"the runtime drew token {token}, but its vocabulary has {vocab_size}"
             )
-        tokens: list[int] = found.tolist()
-        for token in tokens:
-            if not sampler.NOT_FINITE <= token < self._vocab_size:
-                raise EngineError(
-                    f"the runtime drew token {token}, but its vocabulary has {self._vocab_size}"
-                )
-        return tokens
+    return tokens
 
 
 def _needs_host(sequence: Sequence) -> bool:

@@ -7,6 +7,7 @@ the step is; then every layer gives it queries, keys and values of all rows at o
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ __all__ = [
 
 NAME = "stoker"
 _MEMORY = "stoker_kv_memory"
+_PLACE = "stoker_kv_place"
+_memories: weakref.WeakValueDictionary[int, KvMemory] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,15 @@ class KvMemory(ABC):
 
 def attach(model: torch.nn.Module, memory: KvMemory | None) -> None:
     """Let a model's attention layers use a memory; ``None`` takes it away."""
+    if memory is not None:
+        _memories[id(memory)] = memory
     for module in model.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int):
             setattr(module, _MEMORY, memory)
+            # A tensor, because numbers would be constants for the compiler, and each layer another program.
+            place = torch.tensor([id(memory), layer])
+            module.register_buffer(_PLACE, place, persistent=False)
 
 
 def attend(
@@ -128,6 +137,19 @@ def attend(
     memory: KvMemory | None = getattr(module, _MEMORY, None)
     if memory is None:
         raise EngineError(f"{type(module).__name__} has no KV memory")
+    if torch.compiler.is_compiling():
+        place = getattr(module, _PLACE)
+        out = _attend_compiled(
+            query,
+            key,
+            value,
+            place,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            sliding_window or 0,
+            softcap or 0.0,
+            s_aux,
+        )
+        return out, None
     for name in ("position_bias", "head_mask"):
         if unused.get(name) is not None:
             raise EngineError(f"{type(module).__name__} wants {name}, which is not supported")
@@ -207,6 +229,39 @@ def scores_attention(
         weights = torch.cat((scores, sinks.to(scores.dtype)), -1).softmax(-1, dtype=torch.float32)
         weights = weights[..., :-1]
     return torch.matmul(weights.to(value.dtype), value)
+
+
+@torch.library.custom_op("stoker::attend", mutates_args=())
+def _attend_compiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    place: torch.Tensor,
+    scaling: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same for ``torch.compile``, which does not look into it."""
+    handle, layer = place.tolist()
+    call = LayerCall(scaling, window, softcap, sinks)
+    rows = (part[0].transpose(0, 1) for part in (query, key, value))
+    # An operator's result must be its own memory.
+    return _memories[handle].attend(layer, *rows, call).unsqueeze(0).contiguous()
+
+
+@_attend_compiled.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    place: torch.Tensor,
+    scaling: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 AttentionInterface.register(NAME, attend)

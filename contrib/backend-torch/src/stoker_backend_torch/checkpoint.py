@@ -113,6 +113,8 @@ def open_checkpoint(path: Path, *, trust_remote_code: bool, allow_pickle: bool) 
     Raises:
         ModelError: Something is missing, damaged, or not supported; names the file and what to do.
     """
+    if not path.exists():
+        raise stoker.ModelError(f"{path}: there is no such file or folder")
     if path.is_file() and path.suffix.lower() != ".safetensors":
         if not _starts_with(path, _GGUF_MAGIC):
             raise stoker.ModelError(

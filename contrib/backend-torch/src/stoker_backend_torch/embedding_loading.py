@@ -12,6 +12,7 @@ from stoker_backend_torch.devices import choose_dtype, format_bytes, free_memory
 from stoker_backend_torch.embedder import TorchEmbedder, position_limit
 from stoker_backend_torch.embedding_runtime import EmbeddingRuntime
 from stoker_backend_torch.openmp import set_threads
+from stoker_backend_torch.packing import pack_linear_layers
 from stoker_backend_torch.pooling import EmbeddingPlan, Recipe, plan_embedding, read_recipe
 from stoker_backend_torch.weights import load_model
 
@@ -88,6 +89,7 @@ def load_embedding_runtime(
     loaded = load_model(checkpoint, code, options, device=device, dtype=dtype)
     if recipe.lower_case:
         _check_lower_case(checkpoint, loaded)
+    num_packed = pack_linear_layers(loaded.model) if device.type == "cpu" else 0
     plan = _plan(loaded, recipe, options, settings.context_length)
     if plan is None:
         raise stoker.ModelError(f"{checkpoint.path} cannot embed")
@@ -114,6 +116,7 @@ def load_embedding_runtime(
             "dtype": str(dtype).removeprefix("torch."),
             "weights": options.weights,
             "pooling": plan.pooling,
+            "linear_layers": "packed" if num_packed else "plain",
             "threads": str(torch.get_num_threads()),
             **extra_settings,
         },

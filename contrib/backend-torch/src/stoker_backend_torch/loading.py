@@ -103,7 +103,12 @@ def load_runtime(
         can = msgspec.structs.replace(info.capabilities, embed=True)
         info = msgspec.structs.replace(info, capabilities=can, embedding=embedding)
     gc.collect()  # what loading left behind goes now, not within a step
-    return TorchRuntime(loaded, info, memory, embedder)
+    runtime = TorchRuntime(loaded, info, memory, embedder)
+    if options.compile:
+        seconds = runtime.compile()
+        settings_now = {**runtime.info.settings, "compiled": f"in {seconds:.0f} s"}
+        runtime.info = msgspec.structs.replace(runtime.info, settings=settings_now)
+    return runtime
 
 
 def _plan(

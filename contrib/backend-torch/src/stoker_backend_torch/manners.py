@@ -48,13 +48,17 @@ def progress(name: str) -> Iterator[None]:
     def count(_factory: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         return _Progress(name, arguments[0] if arguments else options.get("iterable"))
 
-    from transformers.utils import logging as theirs  # noqa: PLC0415 - heavy, and there only by now
+    # Heavy, and there only by now. The second knows no hook.
+    from transformers import modeling_gguf_pytorch_utils as gguf  # noqa: PLC0415
+    from transformers.utils import logging as theirs  # noqa: PLC0415
 
+    gguf_bar, gguf.tqdm = gguf.tqdm, lambda *items, **options: count(None, items, options)
     before = theirs.set_tqdm_hook(count)
     try:
         yield
     finally:
         theirs.set_tqdm_hook(before)
+        gguf.tqdm = gguf_bar
 
 
 class _Progress:

@@ -10,6 +10,7 @@ each layer is tried against the plain one when it is packed, and stays plain whe
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = ["PackedLinear", "pack_linear_layers"]
 
 logger = logging.getLogger("stoker.torch")
 
+_layers: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
 _DTYPES = (torch.bfloat16, torch.float32)
 # Of the greatest output; sums of bfloat16 products in another order differ by a last bit or two.
 _TOLERANCE = {torch.bfloat16: 2**-6, torch.float32: 1e-4}
@@ -37,11 +39,21 @@ class PackedLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
+        _layers[id(self)] = self
+        # A tensor: see stoker_backend_torch.compiling.
+        self.register_buffer("_handle", torch.tensor(id(self)), persistent=False)
         self._compute = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - see the module
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # noqa: SLF001
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        if torch.compiler.is_compiling():
+            found: torch.Tensor = _packed_linear(rows, self._handle, self.out_features)
+            return found
+        return self.compute(rows)
+
+    def compute(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product itself."""
         out: torch.Tensor = self._compute(rows, self._packed, self.bias, "none", [], "")
         return out
 
@@ -100,3 +112,13 @@ def _try_to_pack(linear: nn.Linear) -> PackedLinear | None:
         logger.info("linear layers stay as they are: packed ones do not work here (%s)", error)
         return None
     return packed
+
+
+@torch.library.custom_op("stoker::packed_linear", mutates_args=())
+def _packed_linear(rows: torch.Tensor, handle: torch.Tensor, width: int) -> torch.Tensor:
+    return _layers[int(handle)].compute(rows)
+
+
+@_packed_linear.register_fake
+def _(rows: torch.Tensor, handle: torch.Tensor, width: int) -> torch.Tensor:
+    return rows.new_empty(*rows.shape[:-1], width)

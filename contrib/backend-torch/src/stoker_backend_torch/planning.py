@@ -25,7 +25,7 @@ _MAX_LANES = 1024
 _SHARE, _SHARE_GPU = 0.5, 0.85
 # Rotary factors that depend on the length of what is computed, so that texts of different lengths in one
 # step would change each other's (see transformers' modeling_rope_utils).
-_LENGTH_DEPENDENT = frozenset({"longrope", "dynamic", "su", "yarn_dynamic"})
+_LENGTH_DEPENDENT = frozenset({"longrope", "dynamic"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,8 @@ def max_context(config: Any) -> tuple[int | None, str]:
 
 def _choose_context(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...]]:
     most, reason = max_context(config)
-    context = wanted or min(most or _AUTO_CONTEXT, _AUTO_CONTEXT)
+    trained = getattr(config, "max_position_embeddings", None) or _AUTO_CONTEXT
+    context = wanted or min(int(trained), _AUTO_CONTEXT)
     if most is None or context <= most:
         return context, ()
     if reason:

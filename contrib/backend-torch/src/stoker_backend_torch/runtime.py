@@ -19,6 +19,7 @@ from stoker import (
     StepOutput,
 )
 from stoker_backend_torch.attention import attach
+from stoker_backend_torch.compiling import compile_layers
 from stoker_backend_torch.ragged import RaggedBatch, find_runs
 from stoker_backend_torch.sampler import TorchSampler
 
@@ -130,6 +131,19 @@ class TorchRuntime(Runtime):
             logits: NDArray[np.float32] = chosen.float().cpu().numpy()
         logits.flags.writeable = False
         return logits
+
+    def compile(self) -> float:
+        """Compile the model's layers; the lanes must be empty. Returns the seconds that it took."""
+        self._open()
+
+        def warm_up(count: int) -> None:
+            self._lengths[0] = 0
+            rows = np.arange(min(count, self.info.context_length), dtype=np.int32)
+            same = np.zeros_like(rows)
+            self.step(StepInput(same, rows, same, rows == rows[-1]))
+            self._lengths[0] = 0
+
+        return compile_layers(self._model, self.info.name, warm_up)
 
     def truncate(self, lane: int, num_tokens: int) -> int:
         """Keep the first ``num_tokens`` tokens of a lane; returns how many there are then."""

@@ -86,7 +86,7 @@ class TorchTokenizer(stoker.Tokenizer):
         native = self._marked if parse_special else self._plain
         try:
             ids: list[int] = native.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
+        except (TypeError, UnicodeEncodeError):  # what the library says of a lone surrogate
             text = text.encode("utf-8", "replace").decode()
             ids = native.encode(text, add_special_tokens=False).ids
         return [*self._ids_before, *ids, *self._ids_after] if add_special else ids

@@ -214,6 +214,11 @@ def _check_code(path: Path, code: ModelCode) -> None:
             f"{path}: {name} is an encoder-decoder model; only decoders and embedding models can be served"
         )
     if not code.generates:
+        if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+            raise stoker.ModelError(
+                f"{path}: {name} reads more than text, and transformers {version('transformers')} has no "
+                "class for its text model alone; it cannot be served"
+            )
         if not makes_embeddings(config.architectures or ()):
             raise stoker.ModelError(
                 f"{path}: {', '.join(config.architectures)} neither writes text nor makes embeddings: it is "
@@ -251,6 +256,7 @@ def _load_weights(
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = checkpoint.kind == "safetensors"
+    arguments["config"] = code.config  # read already
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
     auto = transformers.AutoModelForCausalLM if code.generates else transformers.AutoModel
