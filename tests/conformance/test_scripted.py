@@ -47,6 +47,18 @@ class TestNoTruncationNoCopies(BackendConformance):
         return scripted(truncation="reset", copy_prefix=False)
 
 
+class TestOnADevice(BackendConformance):
+    @pytest.fixture
+    def backend(self) -> BackendUnderTest:
+        return scripted(samples=True)
+
+
+class TestOnlyEmbeds(BackendConformance):
+    @pytest.fixture
+    def backend(self) -> BackendUnderTest:
+        return scripted(generates=False)
+
+
 class InBlocks(BackendConformance):
     """Where the block promise does not hold, this model does not round: it says something else."""
 

@@ -6,6 +6,7 @@ from stoker.testing.conformance.backend_embedding import BackendEmbedding
 from stoker.testing.conformance.backend_lanes import BackendLanes
 from stoker.testing.conformance.backend_loading import BackendLoading
 from stoker.testing.conformance.backend_memory import BackendMemory
+from stoker.testing.conformance.backend_sampling import BackendSampling
 from stoker.testing.conformance.backend_speed import BackendSpeed
 from stoker.testing.conformance.backend_tokenizer import BackendTokenizer
 
@@ -13,7 +14,13 @@ __all__ = ["BackendConformance"]
 
 
 class BackendConformance(
-    BackendLoading, BackendTokenizer, BackendLanes, BackendMemory, BackendEmbedding, BackendSpeed
+    BackendLoading,
+    BackendTokenizer,
+    BackendLanes,
+    BackendMemory,
+    BackendSampling,
+    BackendEmbedding,
+    BackendSpeed,
 ):
     """Proves a backend right, with a model of your choice::
 

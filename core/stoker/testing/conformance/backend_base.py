@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from stoker.interfaces import Backend, LoadSettings, Runtime, RuntimeInfo
+from stoker.interfaces import Backend, LoadSettings, Runtime
 from stoker.testing.conformance.base import check, default_options, fail
 from stoker.testing.conformance.descriptors import DescriptorConformance
 from stoker.testing.conformance.driving import Cuts, LaneDriver, Reference
 from stoker.testing.conformance.subjects import BackendUnderTest
 
-__all__ = ["BackendSuite", "generates", "load", "settings_of"]
+__all__ = ["BackendSuite", "load", "settings_of"]
 
 _RUNTIME = pytest.StashKey[Runtime]()
 _REFERENCES = pytest.StashKey[list[Reference]]()
@@ -57,7 +57,7 @@ class BackendSuite(DescriptorConformance):
     @pytest.fixture
     def driver(self, runtime: Runtime) -> LaneDriver:
         """Drives its lanes, which are empty."""
-        if not generates(runtime.info):
+        if not runtime.info.capabilities.generates:
             pytest.skip("the model embeds and generates nothing (Capabilities.generates)")
         return LaneDriver(runtime)
 
@@ -115,11 +115,6 @@ def load(backend: BackendUnderTest, **changes: Any) -> Runtime:
         "Derive what it returns from stoker.Runtime: later versions may add methods.",
     )
     return runtime
-
-
-def generates(info: RuntimeInfo) -> bool:
-    """Whether the model computes logits, and does not only embed."""
-    return bool(getattr(info.capabilities, "generates", True))
 
 
 def lanes_needed(driver: LaneDriver, count: int) -> None:

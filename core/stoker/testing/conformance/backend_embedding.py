@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stoker.interfaces import EmbeddingInfo, Runtime
-from stoker.testing.conformance.backend_base import BackendSuite, generates
+from stoker.testing.conformance.backend_base import BackendSuite
 from stoker.testing.conformance.base import check
 from stoker.testing.conformance.driving import LaneDriver, Run, check_same
 from stoker.testing.conformance.subjects import BackendUnderTest
@@ -125,7 +125,7 @@ class BackendEmbedding(BackendSuite):
 
         To fix: embed in memory of its own, never in a lane's KV.
         """
-        if not generates(runtime.info):
+        if not runtime.info.capabilities.generates:
             pytest.skip("the model embeds and generates nothing")
         driver = LaneDriver(runtime)
         prompt = inputs[0][:8]

@@ -11,7 +11,7 @@ import pytest
 from stoker.chat_template import ChatTemplate
 from stoker.errors import ModelError, StokerError
 from stoker.interfaces import Backend, Runtime
-from stoker.testing.conformance.backend_base import BackendSuite, generates, load, settings_of
+from stoker.testing.conformance.backend_base import BackendSuite, load, settings_of
 from stoker.testing.conformance.base import check, fail
 from stoker.testing.conformance.driving import LaneDriver, Run
 from stoker.testing.conformance.subjects import BackendUnderTest
@@ -55,7 +55,7 @@ class BackendLoading(BackendSuite):
             ),
             (info.context_length >= 1, f"context_length is {info.context_length}"),
             (
-                not generates(info) or info.kv_capacity_tokens >= info.context_length,
+                not info.capabilities.generates or info.kv_capacity_tokens >= info.context_length,
                 f"context_length={info.context_length} exceeds kv_capacity_tokens={info.kv_capacity_tokens}",
             ),
             (info.device.strip(), "device is empty"),
@@ -158,7 +158,7 @@ class BackendLoading(BackendSuite):
                 other.close()
             except Exception as error:  # noqa: BLE001 - whatever it raises
                 fail(f"the {which} close() raised {error!r}", "close() may be called twice.")
-        if generates(runtime.info):
+        if runtime.info.capabilities.generates:
             tokens = runtime.tokenizer.encode("one", add_special=False, parse_special=False)
             logits = LaneDriver(runtime).step(Run(0, tokens[:1]))
             check(len(logits) == 1, "a runtime does not compute once another one was closed")

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from stoker.interfaces import Runtime, Tokenizer
-from stoker.testing.conformance.backend_base import BackendSuite, generates
+from stoker.testing.conformance.backend_base import BackendSuite
 from stoker.testing.conformance.base import check
 from stoker.testing.conformance.subjects import BackendUnderTest
 
@@ -25,7 +25,7 @@ class BackendTokenizer(BackendSuite):
         To fix: ``token_bytes`` gives the very bytes a token stands for, also parts of characters; no
         normalising, no clean-up of spaces. One space that a vocabulary puts before a text is allowed.
         """
-        if not generates(runtime.info):
+        if not runtime.info.capabilities.generates:
             pytest.skip("the model only embeds: its tokenizer need not keep texts")
         for text in (*backend.texts, *backend.hard_texts):
             tokens = _encode(runtime.tokenizer, text)
