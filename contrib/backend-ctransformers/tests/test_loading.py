@@ -263,6 +263,7 @@ def test_facts_of_the_loaded_model(load: Load, tmp_path: Path) -> None:
     assert [can.copy_prefix, can.snapshot, can.embed] == [False] * 3
     assert "since 2023" in info.warnings[-1]
     assert load("gpt2", truncation="reset").info.capabilities.truncation == "reset"
+    assert load("falcon", truncation="any").info.capabilities.truncation == "reset"
     assert CTransformersBackend().versions()["ctransformers"].startswith("0.2.")
 
 

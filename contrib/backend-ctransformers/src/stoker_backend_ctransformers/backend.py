@@ -219,6 +219,7 @@ def _describe(
 ) -> stoker.RuntimeInfo:
     """The facts of the loaded model; the caller adds those that follow from its settings."""
     copies = 1 if file.mapped else lanes
+    truncation = options.truncation if file.architecture.rewinds else "reset"
     return stoker.RuntimeInfo(
         name=model.model_id or file.architecture.name,
         vocab_size=len(file.tokens),
@@ -232,7 +233,7 @@ def _describe(
         weights_bytes=copies * file.weights_bytes,
         kv_bytes=lanes * _kv_bytes(file, native.context_length),
         capabilities=stoker.Capabilities(
-            truncation=options.truncation, exact_block=EXACT_BLOCK, exact_tail="whole"
+            truncation=truncation, exact_block=EXACT_BLOCK, exact_tail="whole"
         ),
         settings={
             "architecture": file.architecture.name,
