@@ -42,7 +42,7 @@ PUBLIC = {
     *("CallPiece", "Grammar", "GrammarCompiler", "GrammarInfo", "GrammarSpec", "Matcher"),
     *("OutputParser", "Piece", "ReasoningPiece", "TextPiece", "TokenLogprob"),
     *("Tool", "ToolChoice", "ToolFormat", "ToolFormatInfo"),
-    "HttpAnswer",
+    *("DeviceStepOutput", "Finding", "HttpAnswer", "SampleInput", "TokenEdits"),
 }
 
 

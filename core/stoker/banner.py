@@ -9,7 +9,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from stoker.config import Config
-    from stoker.interfaces import ServedModel, ServerContext
+    from stoker.interfaces import RuntimeInfo, ServedModel, ServerContext
 
 __all__ = ["print_banner"]
 
@@ -68,10 +68,20 @@ def _rows(served: ServedModel) -> list[tuple[str, str]]:
     return [
         ("model", f"{served.model_id} ({info.name}, {_size(info.weights_bytes)})"),
         ("backend", f"{served.backend} on {info.device}" + (f" ({settings})" if settings else "")),
-        ("lanes", f"{info.num_lanes} of {info.context_length} tokens"),
-        ("KV memory", f"{_size(info.kv_bytes)} for {info.kv_capacity_tokens} tokens"),
+        *_memory(info),
         *tuned,
     ]
+
+
+def _memory(info: RuntimeInfo) -> list[tuple[str, str]]:
+    """What it has room for: texts to go on with, or to embed."""
+    if info.capabilities.generates:
+        return [
+            ("lanes", f"{info.num_lanes} of {info.context_length} tokens"),
+            ("KV memory", f"{_size(info.kv_bytes)} for {info.kv_capacity_tokens} tokens"),
+        ]
+    vectors = f", {info.embedding.width} numbers each" if info.embedding is not None else ""
+    return [("embeds", f"texts of up to {info.context_length} tokens{vectors}; writes none")]
 
 
 def _size(num_bytes: int) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Call",
     "RoutedModel",
+    "check_generates",
     "check_length",
     "encode_prediction",
     "encode_prompt",
@@ -245,6 +246,21 @@ def _check_tokens(vocab_size: int, call: Call, prompt: Sequence[int]) -> None:
                     f"{vocab_size} tokens",
                     param=name,
                 )
+
+
+def check_generates(routed: RoutedModel) -> None:
+    """Refuse a prompt for a model that cannot go on with it.
+
+    Raises:
+        InvalidRequestError: The model only embeds.
+    """
+    if not routed.client.info.capabilities.generates:
+        raise InvalidRequestError(
+            f"the model {routed.served.model_id!r} only makes embeddings, it does not write text; "
+            "send it to /v1/embeddings or /v1/rerank, or use another model",
+            param="model",
+            code="generation_not_supported",
+        )
 
 
 def check_length(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from stoker.calls import Call, RoutedModel, encode_prompt
+from stoker.calls import Call, RoutedModel, check_generates, encode_prompt
 from stoker.errors import InvalidRequestError
 from stoker.grammar import Grammar, GrammarSpec
 from stoker.interfaces import Tool
@@ -104,6 +104,7 @@ async def read_conversation(routed: RoutedModel, call: Call) -> Conversation:
     Raises:
         InvalidRequestError: The model, or its template, cannot do what is asked for.
     """
+    check_generates(routed)
     if call.messages is None:
         return Conversation(await encode_prompt(routed, call), call.grammar)
     return await _in_time(partial(_read, routed, call), _size(call))
@@ -115,6 +116,7 @@ async def render_conversation(routed: RoutedModel, call: Call) -> str:
     Raises:
         InvalidRequestError: The model, or its template, cannot do what is asked for.
     """
+    check_generates(routed)
     return await _in_time(partial(_render, routed, call), _size(call))
 
 

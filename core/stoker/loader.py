@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -92,17 +93,16 @@ class ModelLoader:
         self.runtimes.clear()
 
     def _backend_for(self, model: ModelConfig, local: LocalModel) -> BackendInfo:
-        """The backend that is named, or the first that accepts the model."""
+        """The backend that is named, or the first by order that accepts the model."""
         if model.backend != "auto":
             return cast(BackendInfo, self._plugins.require("backend", model.backend))
         backends = cast(list[BackendInfo], self._plugins.active("backend", self._config))
-        for info in backends:
+        for info in sorted(backends, key=lambda info: info.order):
             if info.factory().accepts(local):
                 return info
         have = ", ".join(info.name for info in backends) or "none"
         raise ModelError(
-            f"no installed backend can load {local.path.name} (installed: {have}); "
-            "for GGUF files: pip install stoker-backend-gguf"
+            f"no installed backend can load {local.path.name} (installed: {have}); {_cure(local.path)}"
         )
 
     def _load_tuned(
@@ -154,3 +154,12 @@ class ModelLoader:
             settings["profile"] = tuned.label
             runtime.info = msgspec.structs.replace(runtime.info, settings=settings)
         return runtime
+
+
+def _cure(path: Path) -> str:
+    """What to install for a model, by the look of it."""
+    if path.is_dir() or path.suffix.lower() == ".safetensors":
+        return "for folders with config.json and safetensors: pip install stoker-backend-torch"
+    if path.suffix.lower() in {".bin", ".ggml"}:
+        return "for GGML files from before GGUF: pip install stoker-backend-ctransformers"
+    return "for GGUF files: pip install stoker-backend-gguf"

@@ -224,9 +224,9 @@ class Server(ServerContext):
         return None if info is None else cast(EvictionStrategy, self._make(info))
 
     def _grammar_compiler(self, runtime: Runtime) -> GrammarCompiler | None:
-        """What compiles grammars for a model; ``None`` if structured outputs are switched off."""
+        """What compiles grammars for a model; ``None`` if that is switched off, or it writes nothing."""
         info = self.plugins.grammar(self.config)
-        if info is None:
+        if info is None or not runtime.info.capabilities.generates:
             return None
         return cast(GrammarCompiler, self._make(info, runtime.tokenizer, runtime.info))
 
@@ -235,7 +235,8 @@ class Server(ServerContext):
         loaded = self._loader.load(model)
         local, runtime = loaded.local, loaded.runtime
         drafter = self._drafter_for(model, runtime)
-        self._check_reservations(runtime.info.num_lanes)
+        if runtime.info.capabilities.generates:
+            self._check_reservations(runtime.info.num_lanes)
         served = ServedModel(
             model_id=model.id or local.model_id,
             reference=model.model,
@@ -323,7 +324,8 @@ class Server(ServerContext):
             draft = self._loader.load(wanted, profile=False).runtime
             check_draft_model(runtime, draft, model.model, model.draft_model)
             return DraftModelDrafter(draft, self.clock)
-        if config.method == "none" or runtime.info.capabilities.truncation != "any":
+        can = runtime.info.capabilities
+        if config.method == "none" or can.truncation != "any" or not can.generates:
             return None
         return NgramDrafter(config.min_ngram, config.max_ngram)
 

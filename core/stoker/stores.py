@@ -34,7 +34,7 @@ def build_store(
     strategy: EvictionStrategy | None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TieredStore | None:
-    """The store that ``[cache]`` asks for; ``None`` if it asks for none, or the runtime has no snapshots.
+    """The store that ``[cache]`` asks for; ``None`` if it asks for none, or the runtime has none to keep.
 
     A disk that cannot be used costs the disk tier, not the start: the store says why there is none.
 
@@ -47,6 +47,8 @@ def build_store(
         clock: Monotonic seconds.
     """
     if not (config.prefix_reuse and (config.host_bytes or config.disk_bytes)):
+        return None
+    if not info.capabilities.generates:
         return None
     if not info.capabilities.snapshot:
         # Host memory is used by default: nobody may have asked for it.

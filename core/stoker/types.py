@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from stoker.grammar import Grammar
 from stoker.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from stoker.steps import DeviceStepOutput, SampleInput, StepInput, StepOutput, TokenEdits
 
 __all__ = [
     "Delta",
+    "DeviceStepOutput",
     "FinishReason",
     "LocalModel",
     "Preemption",
     "Request",
     "RequestRecord",
+    "SampleInput",
     "SamplingParams",
     "ScheduledTokens",
     "SequenceTrace",
@@ -34,6 +32,7 @@ __all__ = [
     "StepInput",
     "StepOutput",
     "StepRecord",
+    "TokenEdits",
     "TokenLogprob",
     "Usage",
 ]
@@ -173,41 +172,6 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     stop: str | int | None = None
     num_prefilled: int = 0
     cumulative_logprob: float | None = None
-
-
-@dataclass(slots=True)
-class StepInput:
-    """One ragged forward pass: T tokens of any mix of prefill chunks and decodes.
-
-    Rows of one lane are contiguous and in order of position; lanes come in any order. Rows of a lane
-    continue exactly where that lane's KV ends.
-
-    Attributes:
-        token_ids: ``int32[T]``.
-        positions: ``int32[T]``, position of each token in its lane, from 0.
-        lanes: ``int32[T]``, the lane of each token.
-        wants_logits: ``bool[T]``, the rows whose logits are needed; R of them are true. A lane may have
-            several: guessed tokens that are to be verified (speculative decoding).
-    """
-
-    token_ids: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    lanes: NDArray[np.int32]
-    wants_logits: NDArray[np.bool_]
-
-
-@dataclass(slots=True)
-class StepOutput:
-    """The answer to a ``StepInput``.
-
-    Attributes:
-        logits: ``float32[R, vocab]``, one row per wanted row, in order; a view that is valid until the
-            runtime's next call, and must not be written to. Empty if ``no_room``.
-        no_room: The KV memory cannot hold these tokens. Nothing was computed and no lane changed.
-    """
-
-    logits: NDArray[np.float32]
-    no_room: bool = False
 
 
 class LocalModel(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,7 +41,7 @@ class WarmUpLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     Attributes:
         messages: A conversation; a line has either this or ``prompt``.
         prompt: Text to continue, as in ``/v1/completions``.
-        model: The id of the model that computes it; by default every model does.
+        model: The id of the model that computes it; by default every model that writes text does.
         tenant: Whose it is.
         cache_salt: Only requests with the same salt find it.
     """
@@ -126,7 +126,7 @@ class WarmUp:
         is_done: Whether all of them were computed, or given up.
 
     Raises:
-        ConfigError: A model refuses one of the prompts, or is not served.
+        ConfigError: A model refuses one of the prompts, only embeds, or is not served.
     """
 
     def __init__(
@@ -138,11 +138,14 @@ class WarmUp:
     ) -> None:
         self._config = config
         self._models = models
+        self._writing = [model for model in models if _generates(model)]
+        if config.cache.pin and not self._writing:
+            raise ConfigError("cache.pin: no model that is served writes text; leave it out")
         self._clock = clock
         jobs = [
             self._pinned(f"cache.pin[{index}]", model, text)
             for index, text in enumerate(config.cache.pin)
-            for model in models
+            for model in self._writing
         ]
         self.num_pins = len(jobs)
         jobs += [
@@ -180,13 +183,19 @@ class WarmUp:
 
     def _models_of(self, where: str, line: WarmUpLine) -> Iterable[RoutedModel]:
         if line.model is None:
-            return self._models
+            if not self._writing:
+                raise ConfigError(f"{where}: no model that is served writes text")
+            return self._writing
         found = [model for model in self._models if model.served.model_id == line.model]
         if not found:
             ids = [model.served.model_id for model in self._models]
             raise ConfigError(
                 f"{where}: the model {line.model[:200]!r} is not served."
                 f"{did_you_mean(line.model, ids)} Served: {', '.join(ids)}."
+            )
+        if not _generates(found[0]):
+            raise ConfigError(
+                f"{where}: the model {line.model!r} only embeds; name one that writes text"
             )
         return found
 
@@ -266,6 +275,10 @@ class WarmUp:
         finally:
             stream.abort()
         return None
+
+
+def _generates(model: RoutedModel) -> bool:
+    return model.client.info.capabilities.generates
 
 
 def _encode(model: RoutedModel, call: Call) -> list[int]:

@@ -333,6 +333,15 @@ def test_who_waits_for_more_than_a_moment_is_given_way() -> None:
     assert idle.num_startable("m") == 3
 
 
+def test_a_model_without_lanes_has_none_to_spare_or_to_give_up() -> None:
+    context = Context(lanes=0)
+    idle = IdleCapacity(context, BatchesOptions(concurrency=5, give_way_s=0.1))
+    assert idle.num_startable("m") == 5
+    context.load_now = LoadSnapshot(num_waiting=1)
+    context.waiting = [waiting(9.0)]
+    assert (idle.num_to_yield("m"), idle.num_startable("m")) == (0, 0)
+
+
 # --------------------------------------------------------------------------- stopping and crashing
 
 

@@ -263,6 +263,65 @@ def test_all_parts_of_a_split_model_are_fetched(pull: Pull, hub: Hub) -> None:
     assert path.with_name("big-00002-of-00002.gguf").read_bytes() == b"GGUF\x02"
 
 
+FOLDER = {
+    "config.json": b'{"model_type": "llama"}',
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tools.jinja": b"{{ tools }}",
+    "model.safetensors.index.json": b'{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}',
+    "1.safetensors": b"1",
+    "2.safetensors": b"22",
+    "modules.json": b'[{"path": ""}, {"path": "1_Pooling"}]',
+    "1_Pooling/config.json": b"{}",
+}
+OTHERS = ("README.md", "LICENSE.txt", "pytorch_model.bin", "consolidated.safetensors", "model.onnx")
+
+
+def test_a_repository_without_gguf_is_fetched_as_a_folder(pull: Pull, hub: Hub) -> None:
+    hub.files |= {f"org/whole/{name}": content for name, content in FOLDER.items()}
+    hub.files |= {f"org/whole/{name}": b"no" for name in OTHERS}
+    folder = pull.path("hf:org/whole")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == FOLDER.keys()
+    assert (folder / "2.safetensors").read_bytes() == b"22"
+    assert (pull.folder / "cache/verified" / hub.checksum("org/whole/tokenizer.json")).exists()
+    # Without a connection the cache serves, but not what is only partly there.
+    assert pull.path("hf:org/whole", HF_HUB_OFFLINE="1") == folder
+    rows = {row["reference"]: row for row in json.loads(pull("--json", command="models").stdout)}
+    assert rows["hf:org/whole"]["id"] == "whole"
+    assert rows["hf:org/whole"]["size_bytes"] == sum(map(len, FOLDER.values()))
+    (folder / "2.safetensors").unlink()
+    text = pull.error("hf:org/whole", HF_HUB_OFFLINE="1")
+    assert "in the cache, hf:org/whole: 2.safetensors is missing" in text
+
+
+def test_the_folder_beside_gguf_files_is_taken_if_it_is_named(pull: Pull, hub: Hub) -> None:
+    hub.files |= {"org/tiny/config.json": b"{}", "org/tiny/model.safetensors": b"123"}
+    hub.files |= {"org/tiny/sub/config.json": b"{}", "org/tiny/sub/model.safetensors": b"4"}
+    assert pull.path("hf:org/tiny").name == "tiny.Q8_0.gguf"
+    folder = pull.path("hf:org/tiny/config.json")
+    assert (folder / "model.safetensors").read_bytes() == b"123"
+    assert pull.path("hf:org/tiny/sub/config.json") == folder / "sub"
+    rows = [row["reference"] for row in json.loads(pull("--json", command="models").stdout)]
+    assert {"hf:org/tiny/tiny.Q8_0.gguf", "hf:org/tiny/config.json"} <= set(rows)
+
+
+def test_repositories_without_safetensors_say_why(pull: Pull, hub: Hub) -> None:
+    hub.files |= {"org/old/config.json": b"{}", "org/old/pytorch_model.bin": b"x"}
+    hub.files["org/data/a.csv"] = b"x"
+    text = pull.error("hf:org/old")
+    assert "pickle files only (pytorch_model.bin)" in text
+    assert "allow_pickle = true" in text
+    assert "neither GGUF files nor a model with a config.json" in pull.error("hf:org/data")
+    assert gets(hub) == []
+
+
+def test_a_wrong_checksum_in_a_folder_is_refused(pull: Pull, hub: Hub) -> None:
+    hub.files |= {"org/old/config.json": b"{}", "org/old/model.safetensors": b"x"}
+    hub.sha256["org/old/model.safetensors"] = "0" * 64
+    assert "model.safetensors: the checksum is wrong" in pull.error("hf:org/old")
+
+
 def test_a_token_is_presented(pull: Pull, hub: Hub) -> None:
     hub.token = "hf_secret"
     assert "set HF_TOKEN" in pull.error("hf:org/tiny")

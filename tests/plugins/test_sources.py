@@ -121,10 +121,27 @@ def test_a_folder_with_a_configuration_is_a_model_itself(folder: Path) -> None:
     assert (model.path, model.model_id, model.size_bytes) == (Path("hf-model"), "hf-model", 7)
 
 
+def test_what_of_a_folder_counts(folder: Path) -> None:
+    (folder / "one" / "config.json").write_text("{}")
+    (folder / "one" / "model.safetensors").write_bytes(b"12345")
+    (folder / "one" / "pytorch_model.bin").write_bytes(b"another copy")
+    # With a GGUF file beside it, the folder is meant if its configuration or weights are named.
+    assert FileSource().resolve("one").path.name == "tiny.Q8_0.gguf"
+    for name in ("config.json", "model.safetensors"):
+        model = FileSource().resolve(f"one/{name}")
+        assert (model.path, model.model_id, model.size_bytes) == (Path("one"), "one", 7)
+    with pytest.raises(ModelError, match=r"no such file"):
+        FileSource().resolve("one/model-00001-of-00002.safetensors")
+
+
 def test_available_lists_the_current_folder(folder: Path) -> None:
     (folder / "here.Q4_0.gguf").write_bytes(b"GGUF")
     (folder / "half-00002-of-00002.gguf").write_bytes(b"GGUF")
+    (folder / "whole").mkdir()
+    (folder / "whole" / "config.json").write_text("{}")
     assert [model.model_id for model in FileSource().available()] == ["here"]
+    (folder / "whole" / "model.safetensors").write_bytes(b"12345")
+    assert [model.model_id for model in FileSource().available()] == ["here", "whole"]
 
 
 # ------------------------------------------------------------------ pypi:
@@ -171,6 +188,26 @@ def test_one_of_several_files_can_be_named(site: Path) -> None:
         PackageSource().resolve("many")
     with pytest.raises(ModelError, match=r"has no model 'c.gguf'; it has: many/a.gguf"):
         PackageSource().resolve("many/c.gguf")
+
+
+def test_a_folder_in_a_package_is_served_from_where_it_lies(site: Path) -> None:
+    files = {f"gt_mini/model/{name}": b"{}" for name in ("config.json", "1_Pooling/config.json")}
+    install(site, "gt-mini", {**files, "gt_mini/model/model.safetensors": b"12345"})
+    model = PackageSource().resolve("gt-mini")
+    assert model.path == site / "gt_mini" / "model"
+    assert (model.model_id, model.size_bytes) == ("gt-mini", 7)
+    assert "pypi:gt-mini" in [found.reference for found in PackageSource().available()]
+    assert PackageSource().resolve("gt-mini/model").path == model.path
+    with pytest.raises(ModelError, match=r"no folder with config.json"):
+        PackageSource().resolve("gt-mini/other")
+    install(
+        site,
+        "two",
+        {f"two/{n}/{f}": b"" for n in "ab" for f in ("config.json", "model.safetensors")},
+    )
+    assert PackageSource().resolve("two/b").path.name == "b"
+    with pytest.raises(ModelError, match=r"several models; name one of them: two/a, two/b"):
+        PackageSource().resolve("two")
 
 
 def test_packages_without_a_model_say_so(site: Path) -> None:

@@ -87,6 +87,17 @@ def test_the_same_model_is_always_right() -> None:
     assert not pair.draft._lengths.any()
 
 
+def test_its_logits_stay_on_its_device() -> None:
+    draft = ScriptedRuntime(lanes=3, context_length=400, options=ScriptedOptions(samples=True))
+    pair = Pair(draft)
+    requests = [pair.harness.submit(f"prompt {i}", max_tokens=40 + i) for i in range(5)]
+    pair.harness.run()
+    assert [r.text() for r in requests] == [pair.truth(r) for r in requests]
+    computed, accepted = drafted(requests)
+    assert accepted == computed > 100
+    assert draft.num_fetched_rows == 0
+
+
 def test_another_model_is_sometimes_right() -> None:
     options = {"period": 10, "surprise_every": 0}
     draft = ScriptedRuntime(lanes=3, context_length=400, options=ScriptedOptions(**options))
@@ -163,14 +174,16 @@ def test_any_life_has_the_same_text_and_the_lanes_follow(seed: int) -> None:
             assert request.text() == pair.truth(request)
 
 
+@pytest.mark.parametrize("samples", [False, True])
 @pytest.mark.parametrize("fault", list(Fault))
-def test_a_draft_model_that_goes_wrong_costs_nobody_anything(fault: Fault) -> None:
+def test_a_draft_model_that_goes_wrong_costs_nobody_anything(fault: Fault, samples: bool) -> None:
     turns = iter(range(10**6))
 
     def script(step: StepInput) -> Fault | None:
         return fault if next(turns) >= 5 else None
 
-    inner = ScriptedRuntime(lanes=3, context_length=400)
+    options = ScriptedOptions(samples=samples)
+    inner = ScriptedRuntime(lanes=3, context_length=400, options=options)
     pair = Pair(FaultyRuntime(inner, script))
     requests = [pair.harness.submit(f"prompt {i}", max_tokens=40) for i in range(3)]
     pair.harness.run()

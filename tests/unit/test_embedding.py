@@ -19,6 +19,7 @@ from stoker import (
     RequestCancelledError,
     RequestRecord,
     SamplingParams,
+    StepInput,
     StepRecord,
     TenantConfig,
 )
@@ -56,9 +57,14 @@ class Recorder(Observer):
 class Bench:
     """A scripted model's loop, driven by hand; every step takes a second of its clock."""
 
-    def __init__(self, tenants: Sequence[TenantConfig] = (), budget: int = BUDGET) -> None:
+    def __init__(
+        self,
+        tenants: Sequence[TenantConfig] = (),
+        budget: int = BUDGET,
+        options: ScriptedOptions | None = None,
+    ) -> None:
         self.clock = FakeClock()
-        self.runtime = ScriptedRuntime(lanes=4, context_length=500, options=ScriptedOptions())
+        self.runtime = ScriptedRuntime(lanes=4, context_length=500, options=options)
         self.recorder = Recorder()
         self.batches: list[list[list[int]]] = []
         self.bad: int | None = None
@@ -186,6 +192,29 @@ async def test_a_large_job_and_a_stream_take_turns() -> None:
     assert text == bench.runtime.expected_text([9, 8], 50)
     steps = bench.recorder.steps[gaps_before:]
     assert max(gap for record in steps for gap in record.token_gaps_s) <= 2.0
+
+
+async def test_a_model_without_lanes_only_embeds() -> None:
+    bench = Bench(
+        [TenantConfig(name="a", reserved_lanes=1)], options=ScriptedOptions(generates=False)
+    )
+    bench.bad = BAD
+    fine = [bench.embed([i] * 30, [i + 100] * 90, tenant="a") for i in range(5)]
+    culprit, gone = bench.embed([1], [BAD]), bench.embed(*([7] * 50 for _ in range(9)))
+    bench.loop.step()
+    gone.abort()
+    bench.run()
+    for stream in fine:
+        _, last = await last_of(stream)
+        assert last.finish_reason is FinishReason.STOP
+        bench.check(stream)
+    _, last = await last_of(culprit)
+    assert isinstance(last.error, EngineError)
+    await gone.wait_until_over()
+    bench.check_empty()
+    assert bench.runtime.num_steps == 0
+    with pytest.raises(TypeError, match="only embeds"):
+        bench.runtime.step(StepInput(*(np.zeros(1, np.int32) for _ in range(4))))
 
 
 async def test_tenants_get_tokens_by_weight() -> None:

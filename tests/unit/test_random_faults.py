@@ -162,6 +162,7 @@ class Life:
                 exact_block=self.block,
                 kv_capacity_tokens=dice.randint(CONTEXT, CONTEXT + 60) if tight else None,
                 truncation=dice.choice(["any", "reset"]),
+                samples=seed % 5 < 2,
             ),
         )
         self.inner = inner

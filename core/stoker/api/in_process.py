@@ -12,7 +12,7 @@ from litestar.types import ASGIApp
 
 from stoker.interfaces import HttpAnswer
 
-__all__ = ["CALLER", "Caller", "call"]
+__all__ = ["CALLER", "Caller", "call", "http_scope"]
 
 CALLER = "stoker.caller"
 """The key of the ASGI scope under which a ``Caller`` stands."""
@@ -70,8 +70,21 @@ async def call(
         else:
             pieces.append(message.get("body", b""))
 
+    scope = http_scope(caller, method, path, body, headers)
+    await app(scope, receive, send)
+    return HttpAnswer(status_code=status, headers=answered, body=b"".join(pieces))
+
+
+def http_scope(
+    caller: Caller,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+) -> Any:
+    """The ASGI scope of such a request; arguments as of ``call``."""
     sent = {"host": "localhost", "content-length": str(len(body)), **(headers or {})}
-    scope: Any = {
+    return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
@@ -87,5 +100,3 @@ async def call(
         "extensions": {},
         CALLER: caller,
     }
-    await app(scope, receive, send)
-    return HttpAnswer(status_code=status, headers=answered, body=b"".join(pieces))

@@ -154,7 +154,7 @@ def _row(local: LocalModel, plugins: Plugins) -> ModelRow:
 
 
 def _backend(local: LocalModel, plugins: Plugins) -> str | None:
-    for name, info in plugins.backends().items():
+    for name, info in sorted(plugins.backends().items(), key=lambda item: item[1].order):
         try:
             if info.factory().accepts(local):
                 return name

@@ -63,5 +63,5 @@ ADVICE: dict[Kind, str] = {
 SWITCHED: tuple[Kind, ...] = ("middleware", "observer", "route")
 """What ``[plugins.<name>]`` switches on; the other kinds are chosen by other settings."""
 
-CORE_COMMANDS = ("serve", "chat", "models", "pull", "plugins", "config", "keys", "cache")
+CORE_COMMANDS = ("serve", "chat", "models", "pull", "plugins", "config", "keys", "cache", "doctor")
 """Subcommands that no plugin can replace, in the order of ``stoker --help``."""

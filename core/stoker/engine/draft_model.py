@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stoker.engine.device_sampling import likeliest_tokens
 from stoker.engine.drafters import Drafter
 from stoker.engine.prefix_tree import common_prefix
 from stoker.engine.sequence import NO_LANE
@@ -165,12 +166,9 @@ class DraftModelDrafter(Drafter):
         if output.no_room:
             self._shrink()
             return False
-        wanted = (len(ready), self._runtime.info.vocab_size)
-        if output.logits.shape != wanted:
-            raise EngineError(f"its logits have the shape {output.logits.shape}, not {wanted}")
+        likeliest = iter(likeliest_tokens(self._runtime, output, len(ready)))
         if len(step.token_ids) <= 2 * len(runs):  # a step as they are when all are up to date
             self._learn_cost(self._clock() - started_s)
-        likeliest = iter(output.logits.argmax(axis=1).tolist() if ready else ())
         for mirror, tokens in runs:
             end = mirror.length + len(tokens)
             mirror.tokens[mirror.length : end] = tokens
@@ -221,9 +219,12 @@ def check_draft_model(target: Runtime, draft: Runtime, target_name: str, draft_n
         draft_name: What the draft model is called there.
 
     Raises:
-        ModelError: They have different vocabularies, or one of them cannot take tokens back.
+        ModelError: They have different vocabularies, or one of them cannot take tokens back, or only embeds.
     """
     pair = f"the draft model {draft_name} does not fit {target_name}"
+    for name, runtime in ((target_name, target), (draft_name, draft)):
+        if not runtime.info.capabilities.generates:
+            raise ModelError(f"{pair}: {name} only embeds; leave models.draft_model out")
     sizes = draft.info.vocab_size, target.info.vocab_size
     if sizes[0] != sizes[1]:
         raise ModelError(

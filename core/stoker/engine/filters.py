@@ -59,6 +59,15 @@ class TokenRules:
                 row = without
         return row
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether they depend on more than the number of tokens so far."""
+        return self._dry is not None
+
+    def forbidden(self, num_output: int) -> NDArray[np.int64]:
+        """Tokens that may not come after so many tokens of output (but if nothing else can)."""
+        return self._endings if num_output < self._min_tokens else self._endings[:0]
+
 
 def make_rules(
     params: SamplingParams, end_token_ids: Collection[int], names: Callable[[int], bytes]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING
 
@@ -186,7 +186,8 @@ class GrammarMasks:
     def __init__(self, info: RuntimeInfo) -> None:
         self._vocab_size = info.vocab_size
         self._num_words = (info.vocab_size + 31) // 32
-        self._ends = np.array(sorted(info.end_token_ids), np.intp)
+        self._ends = self._words(info.end_token_ids)
+        self._last_word = self._words(range(32 * (self._num_words - 1), info.vocab_size))[-1]
         self._masked = np.empty((0, info.vocab_size), np.float32)
         self._masks = np.empty((0, self._num_words), np.int32)
 
@@ -226,6 +227,22 @@ class GrammarMasks:
             start = end
         return masked
 
+    def packed(self, sequences: Rows[Sequence]) -> tuple[list[int], NDArray[np.int32]]:
+        """The masks themselves, for logits that lie elsewhere; of sequences without drafts.
+
+        Returns:
+            Which of the sequences have a mask, ascending, and ``int32[M, ceil(vocab / 32)]``. One that is
+            over or has failed has none.
+        """
+        asking = [at for at, s in enumerate(sequences) if s.request.grammar is not None]
+        masks = np.empty((len(asking), self._num_words), np.int32)
+        rows: list[int] = []
+        for at in asking:
+            end = len(rows)
+            if self._fill(sequences[at], [], masks[end : end + 1]):
+                rows.append(at)
+        return rows, masks[: len(rows)]
+
     def _mask(
         self,
         sequence: Sequence,
@@ -234,38 +251,51 @@ class GrammarMasks:
         masked: NDArray[np.float32],
     ) -> int:
         """Mask a sequence's rows; returns how many of them, from the first on, were."""
+        if len(self._masks) < len(rows):
+            self._masks = np.empty((len(rows), self._num_words), np.int32)
+        masks = self._masks[: len(rows)]
+        count = self._fill(sequence, draft, masks)
+        for at in range(count):
+            bits = np.unpackbits(
+                masks[at].view(np.uint8), bitorder="little", count=self._vocab_size
+            )
+            masked[at].fill(-np.inf)
+            np.copyto(masked[at], rows[at], where=bits.view(np.bool_))
+        return count
+
+    def _fill(self, sequence: Sequence, draft: list[int], masks: NDArray[np.int32]) -> int:
+        """Set the tokens that may come next, and after each token of a draft; returns how many were set."""
         constraint = sequence.constraint
         if constraint is None:
             grammar = sequence.request.grammar
             if grammar is None:
                 return 0
             constraint = sequence.constraint = Constraint(grammar)
-        if len(self._masks) < len(rows):
-            self._masks = np.empty((len(rows), self._num_words), np.int32)
-        masks = self._masks[: len(rows)]
         count = constraint.fill_ahead(draft, masks)
         for at in range(count):
-            bits = np.unpackbits(
-                masks[at].view(np.uint8), bitorder="little", count=self._vocab_size
-            ).view(np.bool_)
-            if not self._settle_ends(sequence, bits, sequence.num_output + at):
+            masks[at, -1] &= self._last_word
+            if not self._settle_ends(sequence, masks[at], sequence.num_output + at):
                 if at == 0:
                     # Seen late: the last token has completed the output.
-                    if bits.any() or not len(self._ends):
+                    if masks[at].any() or not self._ends.any():
                         constraint.is_over = True
                     else:
                         constraint.cannot_go_on()
                 return at
-            masked[at].fill(-np.inf)
-            np.copyto(masked[at], rows[at], where=bits)
         return count
 
-    def _settle_ends(self, sequence: Sequence, bits: NDArray[np.bool_], num_output: int) -> bool:
+    def _settle_ends(self, sequence: Sequence, mask: NDArray[np.int32], num_output: int) -> bool:
         """Forbid end tokens where the request does; false if nothing but them may come."""
-        ends = self._ends
-        if np.count_nonzero(bits) - np.count_nonzero(bits[ends]) == 0:
+        others = mask & ~self._ends
+        if not others.any():
             return False
         sampling = sequence.sampling
         if sampling.ignore_eos or num_output < sampling.min_tokens:
-            bits[ends] = False
+            mask[:] = others
         return True
+
+    def _words(self, tokens: Iterable[int]) -> NDArray[np.int32]:
+        """A mask of these tokens."""
+        bits = np.zeros(32 * self._num_words, np.uint8)
+        bits[list(tokens)] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)

@@ -12,6 +12,7 @@ from stoker.engine import sampler
 from stoker.engine.advance import Advance, advance
 from stoker.engine.costs import OutputModel
 from stoker.engine.deltas import delta_of, last_delta, progress
+from stoker.engine.device_sampling import DeviceSampling
 from stoker.engine.intake import Intake
 from stoker.engine.isolation import FailureIsolation
 from stoker.engine.lanes import LanePool
@@ -21,14 +22,14 @@ from stoker.engine.plan import Plan
 from stoker.engine.readers import ReaderLimits, SlowReaders
 from stoker.engine.reporting import Reporter
 from stoker.engine.scheduler import Scheduler
-from stoker.engine.scoring import max_scored_rows, score
+from stoker.engine.scoring import max_scored_rows, rows_to_sample
 from stoker.engine.sequence import Sequence, SequenceStatus
 from stoker.engine.speculation import Speculator
 from stoker.engine.waiting import WaitingTable
 from stoker.errors import DeadlineError, EngineError, RequestError
 from stoker.interfaces import EngineSnapshot, LoadSnapshot, TenantLoad
 from stoker.tenants import Tenants
-from stoker.types import Delta, FinishReason, Request, TokenLogprob
+from stoker.types import Delta, FinishReason, Request, StepOutput, TokenLogprob
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,6 +127,9 @@ class ModelEngine:
         self._intake = Intake(runtime, self.max_total_tokens)
         self._logprobs = LogprobTeller(self._intake.names)
         self._masks = GrammarMasks(info)
+        self._device: DeviceSampling | None = None
+        if info.capabilities.samples:
+            self._device = DeviceSampling(runtime, self._masks, self._logprobs)
         self._sequences: dict[RequestStream, list[Sequence]] = {}
         self._num_failures = 0
         self._step_started_s: float | None = None
@@ -283,30 +287,26 @@ class ModelEngine:
         """Run a plan and update its sequences; returns the seconds inside the runtime."""
         started_s = self.clock()
         try:
-            logits = self._run(plan)
-            if logits is None:
+            output = self._run(plan)
+            if output is None:
                 return self.clock() - started_s
-            sampled = plan.sampled()
-            runtime_s = self.clock() - started_s
-            logits = self._checked(logits, len(sampled), plan)
-            tokens = self._sample(logits, sampled, plan) if sampled else []
-            entries = self._logprobs.of_step(logits, sampled, tokens, plan)
+            sampled, device = plan.sampled(), self._device
+            if device is not None and sampled and device.takes(plan):
+                tokens, entries = device.sample(output, sampled, plan)
+                runtime_s = self.clock() - started_s  # a device may only now be done with the step
+            else:
+                logits = output.logits
+                runtime_s = self.clock() - started_s
+                logits = rows_to_sample(
+                    logits, len(sampled), plan, self.runtime.info.vocab_size, self._logprobs
+                )
+                tokens = self._sample(logits, sampled, plan) if sampled else []
+                entries = self._logprobs.of_step(logits, sampled, tokens, plan)
         except Exception as error:  # noqa: BLE001 - a runtime may raise anything; others must go on
             self._isolate(plan, error, gaps, outbox)
             return self.clock() - started_s
         self._update(plan, sampled, tokens, entries, gaps, outbox)
         return runtime_s
-
-    def _checked(
-        self, logits: NDArray[np.float32], num_sampled: int, plan: Plan
-    ) -> NDArray[np.float32]:
-        """The rows to sample from; what the others say of prompts is taken down."""
-        num_scored = plan.num_scored_rows
-        num_rows = num_sampled + plan.num_draft_tokens + num_scored
-        wanted = (num_rows, self.runtime.info.vocab_size)
-        if num_rows and logits.shape != wanted:
-            raise EngineError(f"the runtime returned logits of shape {logits.shape}, not {wanted}")
-        return score(logits, plan, self._logprobs) if num_scored else logits
 
     def _sample(
         self, logits: NDArray[np.float32], sampled: list[Sequence], plan: Plan
@@ -316,12 +316,12 @@ class ModelEngine:
             return sampler.verify(logits, sampled, plan.drafts)
         return [[token] for token in sampler.sample(logits, sampled)]
 
-    def _run(self, plan: Plan) -> NDArray[np.float32] | None:
-        """Logits of a plan; ``None`` if the KV memory cannot hold it now."""
+    def _run(self, plan: Plan) -> StepOutput | None:
+        """What a plan's step gives; ``None`` if the KV memory cannot hold it now."""
         while plan:
             output = self.runtime.step(plan.step_input())
             if not output.no_room:
-                return output.logits
+                return output
             if plan.drafts and self.speculator is not None:
                 self.speculator.take_back(plan)
                 continue

@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from stoker.engine.sequence import Sequence
     from stoker.types import SamplingParams
 
-__all__ = ["NOT_FINITE", "TokenCounts", "sample", "uniform", "verify"]
+__all__ = [
+    "NOT_FINITE",
+    "TokenCounts",
+    "biases",
+    "counted",
+    "excludes_top_choices",
+    "is_penalized",
+    "sample",
+    "uniform",
+    "verify",
+]
 
 NOT_FINITE = -1
 """What ``sample`` returns for a row whose logits hold no finite maximum."""
@@ -78,15 +88,26 @@ class TokenCounts:
 
     def apply(self, logits: NDArray[np.float32], params: SamplingParams) -> None:
         """Penalize ``logits`` (``float32[vocab]``) in place."""
-        ids = np.fromiter(self.output.keys(), np.int64, len(self.output))
         if params.repetition_penalty != 1.0:
-            seen = np.union1d(ids, self.prompt)
+            seen = self.seen()
             values = logits[seen]
             penalty = params.repetition_penalty
             logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-        if len(ids) and (params.presence_penalty or params.frequency_penalty):
-            counts = np.fromiter(self.output.values(), np.float32, len(self.output))
-            logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        if self.output and (params.presence_penalty or params.frequency_penalty):
+            ids, penalties = self.penalties(params)
+            logits[ids] -= penalties
+
+    def seen(self) -> NDArray[np.int64]:
+        """The tokens of prompt and output, ascending."""
+        return np.union1d(self._ids(), self.prompt).astype(np.int64)
+
+    def penalties(self, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The tokens of the output, and what presence and frequency take from the logit of each."""
+        counts = np.fromiter(self.output.values(), np.float32, len(self.output))
+        return self._ids(), params.presence_penalty + params.frequency_penalty * counts
+
+    def _ids(self) -> NDArray[np.int64]:
+        return np.fromiter(self.output.keys(), np.int64, len(self.output))
 
 
 def sample(logits: NDArray[np.float32], sequences: Rows[Sequence]) -> list[int]:
@@ -195,7 +216,7 @@ def _sample_row(row: NDArray[np.float32], sequence: Sequence) -> int:
     if params.temperature == 0.0:
         return int(row.argmax())
     ids, probabilities = _candidates(row, params)
-    if _excludes_top_choices(sequence):
+    if excludes_top_choices(sequence):
         kept = exclude_top_choices(probabilities, params.xtc_threshold)
         if kept is not None:
             ids = kept if ids is None else ids[kept]
@@ -204,7 +225,7 @@ def _sample_row(row: NDArray[np.float32], sequence: Sequence) -> int:
     return at if ids is None else int(ids[at])
 
 
-def _excludes_top_choices(sequence: Sequence) -> bool:
+def excludes_top_choices(sequence: Sequence) -> bool:
     """Whether XTC applies to a sequence's next token."""
     params = sequence.sampling
     if params.xtc_probability <= 0.0 or params.xtc_threshold > 0.5:
@@ -212,23 +233,42 @@ def _excludes_top_choices(sequence: Sequence) -> bool:
     return uniform(sequence.seed ^ _XTC_SALT, sequence.num_tokens) < params.xtc_probability
 
 
+def is_penalized(params: SamplingParams) -> bool:
+    """Whether tokens that were seen before are penalized."""
+    return bool(
+        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    )
+
+
+def biases(params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The tokens that have a bias, and theirs."""
+    count = len(params.logit_bias)
+    return (
+        np.fromiter(params.logit_bias.keys(), np.int64, count),
+        np.fromiter(params.logit_bias.values(), np.float32, count),
+    )
+
+
+def counted(sequence: Sequence) -> TokenCounts:
+    """How often each token has occurred in a sequence so far."""
+    if sequence.counts is None:
+        sequence.counts = TokenCounts(sequence.tokens[: sequence.num_prompt])
+    sequence.counts.update(sequence.tokens[sequence.num_prompt : sequence.num_tokens])
+    return sequence.counts
+
+
 def _adjusted(row: NDArray[np.float32], sequence: Sequence) -> NDArray[np.float32]:
     """The row with bias and penalties applied; the row itself if there are none."""
     params = sequence.sampling
-    penalized = (
-        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    )
+    penalized = is_penalized(params)
     if not penalized and not params.logit_bias:
         return row
     row = row.copy()
     if params.logit_bias:
-        ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
-        row[ids] += np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
+        ids, values = biases(params)
+        row[ids] += values
     if penalized:
-        if sequence.counts is None:
-            sequence.counts = TokenCounts(sequence.tokens[: sequence.num_prompt])
-        sequence.counts.update(sequence.tokens[sequence.num_prompt : sequence.num_tokens])
-        sequence.counts.apply(row, params)
+        counted(sequence).apply(row, params)
     return row
 
 
@@ -249,9 +289,9 @@ def _candidates(
     if params.typical_p < 1.0:
         kept = typical(weights, params.typical_p)
         ids = kept if ids is None else ids[kept]
-        weights = weights[kept]
+        row, weights = row[kept], weights[kept]
     if params.top_p < 1.0:
-        kept = _nucleus(weights, params.top_p)
+        kept = _nucleus(row, weights, params.top_p)
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
     if params.min_p > 0.0:
@@ -281,13 +321,19 @@ def _draw(weights: NDArray[np.float32], draw: float) -> int:
     return block * _BLOCK + at
 
 
-def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.intp]:
-    """Indices of the smallest set of the likeliest tokens whose mass reaches ``top_p``."""
+def _nucleus(
+    row: NDArray[np.float32], weights: NDArray[np.float32], top_p: float
+) -> NDArray[np.intp]:
+    """Indices of the smallest set of the likeliest tokens whose mass reaches ``top_p``.
+
+    They are ranked by logit, not by weight: which weights are equal is a matter of rounding, and whoever else
+    samples (``Runtime.sample``) has to arrive at the same order.
+    """
     target = top_p * float(weights.sum())
     k = min(_FIRST_HEAD, len(weights))
     while True:
-        head = _head(weights, k)
-        cumulative = weights[head].cumsum()
+        head = _head(row, k)
+        cumulative = weights[head].cumsum(dtype=np.float64)
         if cumulative[-1] >= target or k == len(weights):
             return head[: int(np.searchsorted(cumulative, target)) + 1]
         k = min(k * 8, len(weights))

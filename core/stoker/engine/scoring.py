@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stoker.errors import EngineError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from stoker.engine.sequence import Sequence
     from stoker.types import TokenLogprob
 
-__all__ = ["PromptScores", "max_scored_rows", "score", "within_rows"]
+__all__ = ["PromptScores", "max_scored_rows", "rows_to_sample", "score", "within_rows"]
 
 _MAX_LOGITS_BYTES = 64 << 20
 
@@ -99,6 +101,33 @@ def within_rows(
         left = max(0, left - piece)
         is_first = False
     return shares
+
+
+def rows_to_sample(
+    logits: NDArray[np.float32],
+    num_sampled: int,
+    plan: Plan,
+    vocab_size: int,
+    teller: LogprobTeller,
+) -> NDArray[np.float32]:
+    """The rows of a step to sample from; what the others say of prompts is taken down.
+
+    Args:
+        logits: ``float32[R, vocab]``, what the runtime returned.
+        num_sampled: Sequences that get a token.
+        plan: The step.
+        vocab_size: Of the model.
+        teller: See ``score``.
+
+    Raises:
+        EngineError: These are not the rows that the plan asked for.
+    """
+    num_scored = plan.num_scored_rows
+    num_rows = num_sampled + plan.num_draft_tokens + num_scored
+    wanted = (num_rows, vocab_size)
+    if num_rows and logits.shape != wanted:
+        raise EngineError(f"the runtime returned logits of shape {logits.shape}, not {wanted}")
+    return score(logits, plan, teller) if num_scored else logits
 
 
 def score(logits: NDArray[np.float32], plan: Plan, teller: LogprobTeller) -> NDArray[np.float32]:

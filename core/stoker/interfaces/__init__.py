@@ -33,6 +33,7 @@ from stoker.interfaces.descriptors import (
     RouteInfo,
     ToolFormatInfo,
 )
+from stoker.interfaces.findings import Finding
 from stoker.interfaces.policies import (
     MAX_DEFERRED,
     MAX_PASSED,
@@ -89,6 +90,7 @@ __all__ = [
     "Eviction",
     "EvictionInfo",
     "EvictionStrategy",
+    "Finding",
     "Grammar",
     "GrammarCompiler",
     "GrammarInfo",

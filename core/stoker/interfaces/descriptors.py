@@ -55,6 +55,8 @@ class BackendInfo(Descriptor, frozen=True, kw_only=True):
     """Registers a ``Backend``. The factory imports what is heavy."""
 
     factory: Callable[[], Backend]
+    order: int = 100
+    """Of the backends that accept a model, the one with the lowest order loads it."""
 
 
 class PolicyInfo(Descriptor, frozen=True, kw_only=True):

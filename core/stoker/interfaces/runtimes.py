@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from stoker.errors import ModelError
-from stoker.types import LocalModel, StepInput, StepOutput
+from stoker.interfaces.findings import Finding
+from stoker.types import LocalModel, SampleInput, StepInput, StepOutput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +35,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a runtime can do beyond ``step``.
 
     Attributes:
+        generates: It writes text. If false it only embeds: it has no lanes and no KV memory (``num_lanes``
+            and ``kv_capacity_tokens`` are 0), and neither ``step`` nor ``truncate`` is ever called.
         truncation: ``"any"``: ``truncate`` keeps any number of tokens. ``"reset"``: it may keep fewer
             than asked, down to none (recurrent or sliding-window memory).
         copy_prefix: ``copy_prefix`` works.
@@ -51,8 +54,11 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
             tokens, and for generated tokens one by one.
         shares_kv: ``copy_prefix`` shares memory instead of copying it; a copied token takes no room.
         lane_locality: Steps over neighbouring lanes are quicker than steps over scattered ones.
+        samples: ``sample`` works: the logits lie on a device, and tokens are drawn there. ``step`` answers
+            with a ``DeviceStepOutput`` then.
     """
 
+    generates: bool = True
     truncation: Literal["any", "reset"] = "any"
     copy_prefix: bool = False
     snapshot: bool = False
@@ -62,6 +68,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     exact_tail: Literal["any", "whole"] = "any"
     shares_kv: bool = False
     lane_locality: bool = False
+    samples: bool = False
 
 
 class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +97,7 @@ class RuntimeInfo(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: The model's own name or architecture, for people.
         vocab_size: Columns of the logits.
-        context_length: Most tokens one lane can hold.
+        context_length: Most tokens one lane can hold; of a model that only embeds, most of one input.
         num_lanes: How many sequences can hold KV at once.
         kv_capacity_tokens: Most tokens all lanes together can hold.
         max_step_tokens: Most tokens of one ``StepInput``.
@@ -196,6 +203,21 @@ class Runtime(ABC):
     def restore(self, lane: int, snapshot: bytes) -> int:
         """Put a snapshot's KV into a lane; returns its number of tokens."""
         raise TypeError(f"{self.info.name} has no capability snapshot")
+
+    def sample(self, batch: SampleInput) -> NDArray[Any]:
+        """Draw tokens from the logits of the latest ``step``, where they lie.
+
+        At most one call for each step, and none for a step without wanted rows; not all of them need be
+        among the batch's. The logits stay as they are: they may be fetched afterwards. For the engine the
+        step is over when this returns.
+
+        Args:
+            batch: Rows and parameters; its documentation says what is to be computed.
+
+        Returns:
+            ``int64[N]``: a token for each row; -1 for a row without a finite maximum.
+        """
+        raise TypeError(f"{self.info.name} has no capability samples")
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[Any]:
         """One vector for each token sequence, pooled as ``RuntimeInfo.embedding`` says.
@@ -327,6 +349,18 @@ class Backend(ABC):
     def versions(self) -> Mapping[str, str]:
         """What a measurement depends on besides machine and model: ``{"llama-cpp-python": "0.3.36"}``."""
         return {}
+
+    def diagnose(self, models: Sequence[LocalModel]) -> Sequence[Finding]:
+        """What ``stoker doctor`` should say about this backend on this machine.
+
+        Its library and how that was built, GPUs, a self-test. Called in a process of its own, which may take
+        a minute or two: whatever kills it becomes a finding.
+
+        Args:
+            models: The configured models, or the default one, as far as they are on the disk and this backend
+                loads them.
+        """
+        return ()
 
     def requantization(self, model: LocalModel) -> Requantization | None:
         """What types the model's weights could be turned into; ``None`` if into no other."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,6 +16,9 @@ from stoker.interfaces.policies import SchedulingPolicy, StepCost
 from stoker.interfaces.runtimes import RuntimeInfo
 from stoker.interfaces.streams import DeltaStream
 from stoker.types import LocalModel, Request, RequestRecord, SequenceView, StepRecord
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "EngineSnapshot",
@@ -270,4 +273,8 @@ class ModelSource(ABC):
 
     def available(self) -> Sequence[LocalModel]:
         """Models of this source that are on this machine already."""
+        return ()
+
+    def folders(self) -> Sequence[Path]:
+        """Where it keeps what it fetched: what ``stoker doctor`` looks at the free space of."""
         return ()

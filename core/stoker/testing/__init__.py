@@ -2,8 +2,9 @@
 
 ``ScriptedRuntime`` is a deterministic model that costs nothing; ``EngineHarness`` drives an engine step by
 step; ``FakeClock`` is a clock that a test moves; ``FaultyRuntime`` and ``FaultyPolicy`` go wrong on purpose;
-``ByteVocabulary`` and ``read_output`` try a tool format's grammar and parser. The ``Conformance`` classes are
-suites to subclass in pytest, which prove a plugin right (``docs/conformance.md``).
+``ByteVocabulary`` and ``read_output`` try a tool format's grammar and parser; ``reference_sample`` draws
+tokens as a runtime that samples has to. The ``Conformance`` classes are suites to subclass in pytest, which
+prove a plugin right (``docs/conformance.md``).
 Names are resolved on first use, as in ``stoker`` itself: the bundled plugins name the scripted backend's
 options without loading numpy.
 """
@@ -14,8 +15,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stoker.testing.app import AppHarness
     from stoker.testing.clock import FakeClock
     from stoker.testing.conformance.backend import BackendConformance
+    from stoker.testing.conformance.middleware import MiddlewareConformance
+    from stoker.testing.conformance.observer import ObserverConformance
+    from stoker.testing.conformance.policy import PolicyConformance
     from stoker.testing.conformance.subjects import (
         BackendUnderTest,
         MiddlewareUnderTest,
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from stoker.testing.faults import Fault, FaultyPolicy, FaultyRuntime
     from stoker.testing.harness import EngineHarness, Submitted
     from stoker.testing.outputs import ByteVocabulary, read_output
+    from stoker.testing.reference_sampling import reference_sample
     from stoker.testing.scripted import (
         ScriptedBackend,
         ScriptedRuntime,
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from stoker.testing.scripted_options import ScriptedOptions
 
 _HOME_OF = {
+    "AppHarness": "app",
     "BackendConformance": "conformance.backend",
     "BackendUnderTest": "conformance.subjects",
     "ByteVocabulary": "outputs",
@@ -43,8 +50,11 @@ _HOME_OF = {
     "Fault": "faults",
     "FaultyPolicy": "faults",
     "FaultyRuntime": "faults",
+    "MiddlewareConformance": "conformance.middleware",
     "MiddlewareUnderTest": "conformance.subjects",
+    "ObserverConformance": "conformance.observer",
     "ObserverUnderTest": "conformance.subjects",
+    "PolicyConformance": "conformance.policy",
     "PolicyUnderTest": "conformance.subjects",
     "Refusal": "conformance.subjects",
     "ScriptedBackend": "scripted",
@@ -54,9 +64,11 @@ _HOME_OF = {
     "ScriptedTokenizer": "scripted",
     "Submitted": "harness",
     "read_output": "outputs",
+    "reference_sample": "reference_sampling",
 }
 
 __all__ = [
+    "AppHarness",
     "BackendConformance",
     "BackendUnderTest",
     "ByteVocabulary",
@@ -65,8 +77,11 @@ __all__ = [
     "Fault",
     "FaultyPolicy",
     "FaultyRuntime",
+    "MiddlewareConformance",
     "MiddlewareUnderTest",
+    "ObserverConformance",
     "ObserverUnderTest",
+    "PolicyConformance",
     "PolicyUnderTest",
     "Refusal",
     "ScriptedBackend",
@@ -76,6 +91,7 @@ __all__ = [
     "ScriptedTokenizer",
     "Submitted",
     "read_output",
+    "reference_sample",
 ]
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stoker.interfaces import PolicyContext, Runtime, SchedulingPolicy
-from stoker.types import SequenceView, StepInput, StepOutput, StepRecord
+from stoker.testing.reference_sampling import reference_sample
+from stoker.types import SampleInput, SequenceView, StepInput, StepOutput, StepRecord
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,6 +75,7 @@ class FaultyRuntime(Runtime):
         self.truncates = truncates
         self.num_failed = 0
         self.num_failed_truncations = 0
+        self._spoilt: NDArray[np.float32] | None = None
 
     def step(self, step: StepInput) -> StepOutput:
         """Compute a step, or fail.
@@ -81,6 +83,7 @@ class FaultyRuntime(Runtime):
         Raises:
             RuntimeError: The script wants it.
         """
+        self._spoilt = None
         fault = self.script(step)
         if fault is None:
             return self.inner.step(step)
@@ -96,7 +99,14 @@ class FaultyRuntime(Runtime):
             return output
         if fault is Fault.RAISE_AFTER:
             raise RuntimeError(f"scripted fault: {fault.value}")
-        return StepOutput(_spoilt(output.logits, fault))
+        self._spoilt = _spoilt(output.logits, fault)
+        return StepOutput(self._spoilt)
+
+    def sample(self, batch: SampleInput) -> NDArray[Any]:
+        """As the inner runtime does, but from what the script has made of the logits."""
+        if self._spoilt is not None:
+            return reference_sample(self._spoilt, batch)
+        return self.inner.sample(batch)
 
     def truncate(self, lane: int, num_tokens: int) -> int:
         """Keep the first tokens of a lane, or fail.

@@ -31,8 +31,9 @@ from stoker.interfaces import (
     Tunable,
     TunableValue,
 )
+from stoker.testing.reference_sampling import reference_sample
 from stoker.testing.scripted_options import ScriptedOptions
-from stoker.types import LocalModel, StepInput, StepOutput
+from stoker.types import DeviceStepOutput, LocalModel, SampleInput, StepInput, StepOutput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,6 +108,7 @@ class ScriptedRuntime(Runtime):
         before_step: Called with every step's input first; may raise, to play a failing runtime.
         num_steps: Steps computed so far.
         before_embed: Called with every piece of inputs that is embedded, as ``before_step`` is.
+        num_fetched_rows: With ``samples``, rows of logits that were asked for so far.
     """
 
     def __init__(
@@ -118,7 +120,9 @@ class ScriptedRuntime(Runtime):
         options: ScriptedOptions | None = None,
     ) -> None:
         self.options = options = options or ScriptedOptions()
-        capacity = options.kv_capacity_tokens or lanes * context_length
+        if not options.generates:
+            lanes, context_length = 0, options.max_input_tokens or context_length
+        capacity = (options.kv_capacity_tokens or lanes * context_length) if lanes else 0
         self.info = RuntimeInfo(
             name="scripted",
             vocab_size=_VOCABULARY,
@@ -131,6 +135,7 @@ class ScriptedRuntime(Runtime):
             bos_token=_BEGIN,
             eos_token=_END_TEXT,
             capabilities=Capabilities(
+                generates=options.generates,
                 truncation="reset" if options.truncation == "reset" else "any",
                 copy_prefix=options.copy_prefix,
                 snapshot=options.snapshot,
@@ -138,6 +143,7 @@ class ScriptedRuntime(Runtime):
                 exact_from=options.exact_from,
                 exact_tail=options.exact_tail,
                 embed=options.embed,
+                samples=options.samples,
             ),
             embedding=EmbeddingInfo(
                 width=_EMBEDDING_WIDTH,
@@ -155,6 +161,8 @@ class ScriptedRuntime(Runtime):
         self.before_step: Callable[[StepInput], None] | None = None
         self.before_embed: Callable[[Sequence[Sequence[int]]], None] | None = None
         self.num_steps = 0
+        self.num_fetched_rows = 0
+        self._latest = np.empty((0, _VOCABULARY), np.float32)
         # KV: for each lane, the hash of its first n tokens at [lane, n].
         self._states = np.zeros((lanes, context_length + 1), np.uint64)
         self._lengths = np.zeros(lanes, np.int64)
@@ -166,7 +174,13 @@ class ScriptedRuntime(Runtime):
         self._slowness = _SLOWNESS[options.kernel]
 
     def step(self, step: StepInput) -> StepOutput:
-        """Hash on; logits are 8 for the next token and 0 for all others."""
+        """Hash on; logits are 8 for the next token and 0 for all others.
+
+        Raises:
+            TypeError: It only embeds; the core should have known.
+        """
+        if not self.info.capabilities.generates:
+            raise TypeError(f"{self.info.name} only embeds")
         if self.before_step is not None:
             self.before_step(step)
         options = self.options
@@ -179,7 +193,36 @@ class ScriptedRuntime(Runtime):
             return StepOutput(np.empty((0, _VOCABULARY), np.float32), no_room=True)
         self.num_steps += 1
         states = self._advance(step)[step.wants_logits]
-        return StepOutput(self._one_hot[self._next_tokens(states, self._earlier(step))])
+        logits = self.make_logits(states, self._next_tokens(states, self._earlier(step)))
+        if not options.samples:
+            return StepOutput(logits)
+        self._latest = logits
+        return DeviceStepOutput(self._fetch)
+
+    def make_logits(
+        self, states: NDArray[np.uint64], tokens: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """The rows of a step; for models that say something else after the same text.
+
+        Args:
+            states: ``uint64[R]``, the hash of all that is in the lane.
+            tokens: ``int64[R]``, the next tokens of the scripted model.
+
+        Returns:
+            ``float32[R, vocab]``.
+        """
+        return self._one_hot[tokens]
+
+    def sample(self, batch: SampleInput) -> NDArray[np.int64]:
+        """With ``samples``: draw tokens from the latest step's logits."""
+        if not self.info.capabilities.samples:
+            super().sample(batch)
+        return reference_sample(self._latest, batch)
+
+    def _fetch(self, rows: NDArray[np.intp] | None) -> NDArray[np.float32]:
+        logits = self._latest if rows is None else self._latest[rows]
+        self.num_fetched_rows += len(logits)
+        return logits
 
     def _has_room(self, step: StepInput) -> bool:
         if np.any(step.positions >= self.info.context_length):

@@ -30,9 +30,11 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         kernel: How it computes, for tuners to choose: ``wide`` takes half of ``step_s`` and ``token_s``,
             ``slow`` twice as long, ``blurred`` a quarter and is less sure of its tokens, and ``broken``
             kills the process as a miscompiled kernel does.
+        generates: Whether it writes; if not it only embeds, and has no lanes.
         embed: Whether it embeds: texts with the same bytes get similar vectors.
         matryoshka: Whether its vectors may be cut.
         max_input_tokens: Most tokens of an input; ``None`` for the context length.
+        samples: Whether it plays a device: it draws the tokens, and its logits have to be fetched.
     """
 
     end_every: int = 0
@@ -48,6 +50,8 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     exact_from: int = 0
     exact_tail: Literal["any", "whole"] = "any"
     kernel: Literal["plain", "slow", "wide", "blurred", "broken"] = "plain"
+    generates: bool = True
     embed: bool = True
     matryoshka: bool = False
     max_input_tokens: int | None = None
+    samples: bool = False

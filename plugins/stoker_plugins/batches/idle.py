@@ -50,6 +50,8 @@ class IdleCapacity:
         load = self._context.load(model)
         if load.num_waiting:
             return 0
+        if not lanes:  # it only embeds, and its queue knows who is less urgent
+            return self._options.concurrency
         reserve = min(self._options.reserve_lanes, lanes - 1)
         return max(0, load.num_free_lanes - reserve)
 
@@ -58,6 +60,8 @@ class IdleCapacity:
         now_s = self._clock()
         if now_s < self._next_yield.get(model, 0.0) or not self._context.load(model).num_waiting:
             return 0
+        if not self._lanes.get(model):
+            return 0  # there are no lanes to give up
         snapshot = self._context.snapshot(model)
         patient_until_s = snapshot.now_s - self._options.give_way_s
         number = sum(

@@ -1,5 +1,8 @@
 """``hf:owner/repo[/file]``: models of the Hugging Face Hub, through huggingface_hub.
 
+A repository with GGUF files means one of them; one without, or with its ``config.json`` named, means the
+folder: configuration, tokenizer, chat templates and safetensors weights, no other files.
+
 The library keeps its own cache (shared with other tools, ``HF_HOME``), goes on after a broken
 connection, honours ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE``, and compares sizes. It does not
 compare checksums of plain downloads: that happens here, once per file.
@@ -10,8 +13,8 @@ from __future__ import annotations
 import errno
 import importlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +23,7 @@ from stoker.errors import ModelError, OutOfMemoryError
 from stoker.interfaces import ModelSource
 from stoker.types import LocalModel
 from stoker_plugins.sources.cache import cache_folder, sha256_of
+from stoker_plugins.sources.folders import folder_of, holds_model, is_part, select, select_small
 from stoker_plugins.sources.naming import choose, group_parts, model_id
 
 __all__ = ["HubSource"]
@@ -33,10 +37,10 @@ class _UnreachableError(Exception):
 
 
 class HubSource(ModelSource):
-    """Fetches GGUF files from a hub."""
+    """Fetches models from a hub."""
 
     def resolve(self, reference: str, *, progress: bool = False) -> LocalModel:
-        """The file of a repository; without a file its only GGUF, or the usual quantisation.
+        """The file of a repository; without a file its only GGUF, or the usual quantisation, or the folder.
 
         Without a connection, what the cache holds of it is served.
         """
@@ -49,13 +53,15 @@ class HubSource(ModelSource):
             listing = _list_repository(hub, repo)
         except _UnreachableError as error:
             return self._from_cache(hub, repo, file, error)
-        names = _wanted(listing, repo, file)
         with _progress_bars(hub, shown=progress):
+            if _means_folder(listing, file):
+                return _fetch_folder(hub, repo, file, listing)
+            names = _wanted(listing, repo, file)
             paths = [_download(hub, repo, name, listing[name]) for name in names]
         return _model(repo, names[0], paths)
 
     def available(self) -> Sequence[LocalModel]:
-        """GGUF files in the library's cache."""
+        """GGUF files and whole folders in the library's cache."""
         try:
             hub = _import_hub()
         except ModelError:
@@ -64,7 +70,7 @@ class HubSource(ModelSource):
             cache = hub.scan_cache_dir()
         except hub.CacheNotFound:
             return ()
-        models = []
+        models: list[LocalModel] = []
         for repo in cache.repos:
             if repo.repo_type != "model" or not repo.revisions:
                 continue
@@ -73,15 +79,16 @@ class HubSource(ModelSource):
                 file.file_path.relative_to(latest.snapshot_path).as_posix(): file.file_path
                 for file in latest.files
             }
-            try:
-                groups = group_parts(files)
-            except ModelError:  # a split model that was not fetched to the end
-                continue
-            models += [
-                _model(repo.repo_id, first, [files[name] for name in names])
-                for first, names in groups.items()
-            ]
+            models += _cached_models(repo.repo_id, files)
         return sorted(models, key=lambda model: model.reference)
+
+    def folders(self) -> Sequence[Path]:
+        """The library's cache, if it is installed."""
+        try:
+            _import_hub()
+            return [Path(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE)]
+        except ModelError:
+            return ()
 
     def _from_cache(
         self, hub: ModuleType, repo: str, file: str | None, unreachable: Exception
@@ -92,9 +99,13 @@ class HubSource(ModelSource):
             raise ModelError(
                 f"hf:{repo}: {unreachable}, and the cache does not hold it"
             ) from unreachable
-        cached = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+        cached = dict.fromkeys(name for name, path in files.items() if path.is_file())
         try:
-            names = _wanted(dict.fromkeys(cached), repo, file)
+            if _means_folder(cached, file):
+                reference = repo if file is None else f"{repo}/{file}"
+                return _folder_model(reference, folder_of(file or ""), files)
+            names = _wanted(cached, repo, file)
         except ModelError as error:
             raise ModelError(f"{unreachable}; in the cache, {error}") from unreachable
         return _model(repo, names[0], [folder / name for name in names])
@@ -115,6 +126,60 @@ def _model(repo: str, name: str, paths: Sequence[Path]) -> LocalModel:
         model_id=model_id(name),
         reference=f"hf:{repo}/{name}",
         size_bytes=sum(path.stat().st_size for path in paths),
+    )
+
+
+def _cached_models(repo: str, files: Mapping[str, Path]) -> Iterator[LocalModel]:
+    """The models of a repository that were fetched to the end."""
+    groups: Mapping[str, Sequence[str]] = {}
+    with suppress(ModelError):
+        groups = group_parts(files)
+    for first, names in groups.items():
+        yield _model(repo, first, [files[name] for name in names])
+    if holds_model(files):
+        with suppress(ModelError):
+            yield _folder_model(f"{repo}/config.json" if groups else repo, "", files)
+
+
+def _means_folder(listing: Mapping[str, Any], file: str | None) -> bool:
+    if file is not None:
+        return is_part(file) and f"{folder_of(file)}config.json" in listing
+    return not any(name.lower().endswith(".gguf") for name in listing)
+
+
+def _fetch_folder(
+    hub: ModuleType, repo: str, file: str | None, listing: Mapping[str, str | None]
+) -> LocalModel:
+    """Fetch a model in Hugging Face's format, its small files first: they say what else it needs."""
+    where, folder = f"hf:{repo}", folder_of(file or "")
+    if not holds_model(listing, folder):
+        select(listing, lambda _: b"", where, folder)  # says what is missing
+    paths = {
+        name: _download(hub, repo, name, listing[name]) for name in select_small(listing, folder)
+    }
+    for name in select(listing, lambda name: paths[name].read_bytes(), where, folder):
+        if name not in paths:
+            paths[name] = _download(hub, repo, name, listing[name])
+    # Each file came from what was the newest revision then, and lies in that revision's folder.
+    if len({str(path).removesuffix(name) for name, path in paths.items()}) > 1:
+        raise ModelError(f"{where} changed while it was fetched; try again")
+    return _folder_model(repo if file is None else f"{repo}/{file}", folder, paths)
+
+
+def _folder_model(reference: str, folder: str, files: Mapping[str, Path]) -> LocalModel:
+    """The model in a folder of a repository, all of whose files are on this machine.
+
+    Raises:
+        ModelError: One is missing.
+    """
+    names = select(files, lambda name: files[name].read_bytes(), f"hf:{reference}", folder)
+    path = files[f"{folder}config.json"].parent
+    name = folder.rstrip("/").rpartition("/")[2] or reference.split("/")[1]
+    return LocalModel(
+        path=path,
+        model_id=name,
+        reference=f"hf:{reference}",
+        size_bytes=sum(files[name].stat().st_size for name in names),
     )
 
 

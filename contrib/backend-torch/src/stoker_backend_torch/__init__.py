@@ -35,5 +35,6 @@ def stoker_register_backends() -> Sequence[stoker.BackendInfo]:
             summary="Hugging Face models: transformers' model code, one packed ragged batch per step",
             options=TorchOptions,
             factory=_make_backend,
+            order=200,  # others first: of the formats they load, they do more with
         )
     ]

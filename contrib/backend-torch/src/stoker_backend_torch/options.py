@@ -25,6 +25,7 @@ class TorchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         embeddings: Offer embeddings with this model.
         pooling: How a text's vector is made from those of its tokens; by default as the model's
             sentence-transformers configuration says, else ``mean``.
+        matryoshka: The model was trained so that the first numbers of its vectors are embeddings, too.
         kv: Where keys and values live: a contiguous part for each lane, or blocks that lanes share
             (``paged``); ``auto`` pages on CUDA.
         kv_tokens: Most tokens of all lanes together; by default measured from the memory that is free.
@@ -42,7 +43,8 @@ class TorchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     trust_remote_code: bool = False
     allow_pickle: bool = False
     embeddings: bool = True
-    pooling: Literal["mean", "cls", "last"] | None = None
+    pooling: Literal["mean", "cls", "last", "max"] | None = None
+    matryoshka: bool = False
     kv: Literal["auto", "contiguous", "paged"] = "auto"
     kv_tokens: _Count | None = None
     sampling: Literal["auto", "device", "host"] = "auto"

@@ -51,7 +51,11 @@ class BackendEmbedding(BackendSuite):
 
         To fix: pool each input by itself, over its own tokens only.
         """
-        for batch in (inputs, inputs[:1], (inputs * embedding.max_inputs)[: embedding.max_inputs]):
+        for batch in (
+            inputs,
+            inputs[:1],
+            [tokens[:2] for tokens in inputs * embedding.max_inputs][: embedding.max_inputs],
+        ):
             vectors = runtime.embed(batch)
             check(
                 vectors.shape == (len(batch), embedding.width) and vectors.dtype == np.float32,

@@ -22,7 +22,7 @@ from stoker.discovery.contract import register
 from stoker.discovery.loading import GROUP
 from stoker.errors import PluginError
 from stoker.interfaces import Descriptor
-from stoker.testing.conformance.base import Conformance, check, default_options, fail
+from stoker.testing.conformance.base import Conformance, check, fail
 
 __all__ = ["DescriptorConformance"]
 
@@ -226,19 +226,20 @@ def _entry_module(kind: Kind, subject: Any) -> str | Path:
         return given
     for entry_point, _ in _registered(kind, subject.info.name):
         return str(entry_point.module)
-    factory = subject.info.factory
-    name = str(factory.__module__)
+    name = str(subject.info.factory.__module__)
+    check(
+        _can_be_imported(name),
+        f"{subject.info.name!r} is not installed, and its factory's module {name!r} cannot be imported",
+        "Install the plugin (pip install -e .), or give entry_module: the module's name or its file.",
+    )
+    return name
+
+
+def _can_be_imported(name: str) -> bool:
     try:
-        if find_spec(name) is not None:
-            return name
-    except (ImportError, ValueError):  # a file's module, which has no parent or no specification
-        pass
-    source = inspect.getsourcefile(inspect.unwrap(factory))
-    if source is None:
-        fail(f"nobody knows the entry module of {subject.info.name!r}", "Name it in entry_module.")
-    return Path(source)
-
-
-def options_of(subject: Any) -> Any:
-    """The options that a subject's plugin is built with; ``None`` if it takes none."""
-    return default_options(subject.info) if subject.options is None else subject.options
+        return find_spec(name) is not None
+    except (
+        ImportError,
+        ValueError,
+    ):  # no parent, or a module that was made without a specification
+        return False

@@ -23,10 +23,10 @@ __all__ = [
 ]
 
 TEXTS = (
-    "The three primary colors are red, yellow and",
-    "Once upon a time, a small dog lived in a big house. Every day it",
-    "Water boils at a temperature of one hundred degrees, and it freezes",
-    "def fibonacci(n):\n    return n if n < 2 else",
+    "The three primary colors are red, yellow and blue. When two of them are mixed in equal parts, they give",
+    "Once upon a time, a small dog lived in a big house by the sea. Every day it went out, and there",
+    "Water boils at one hundred degrees, and it freezes at zero. On the top of a high mountain, however,",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) +",
 )
 HARD_TEXTS = (
     "",
@@ -71,8 +71,8 @@ class BackendUnderTest(Subject):
         hard_texts: Texts that must come back from the tokenizer as they were. Leave out what the vocabulary
             cannot write.
         tolerance: How far logits that should be the same may be apart: the root mean square of the
-            difference, in standard deviations of the row. Kernels round differently for different shapes,
-            the more so the fewer bits they have; a wrong or lost token in KV is 0.1 and more.
+            difference, in standard deviations of the row. Kernels round differently for different shapes:
+            up to 0.08 was seen with 4-bit weights, where a wrong or lost token in KV made 0.3 and more.
         num_tokens: Tokens that are generated where texts are compared.
     """
 
@@ -84,7 +84,7 @@ class BackendUnderTest(Subject):
     bad_files: Sequence[Path] = ()
     texts: Sequence[str] = TEXTS
     hard_texts: Sequence[str] = HARD_TEXTS
-    tolerance: float = 0.05
+    tolerance: float = 0.1
     num_tokens: int = 8
 
 
@@ -119,7 +119,7 @@ class Refusal:
 
     body: Mapping[str, Any]
     status: int
-    code: str | None
+    code: str
     before: Sequence[Mapping[str, Any]] = ()
     during: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)

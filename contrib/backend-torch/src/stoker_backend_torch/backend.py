@@ -1,0 +1,68 @@
+"""The backend: looks at a model, chooses settings, loads it."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import stoker
+from stoker_backend_torch.checkpoint import is_checkpoint, open_checkpoint
+from stoker_backend_torch.manners import quiet
+from stoker_backend_torch.openmp import prepare_openmp
+from stoker_backend_torch.options import TorchOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend(stoker.Backend):
+    """Loads models in Hugging Face's format through transformers."""
+
+    def accepts(self, model: stoker.LocalModel) -> bool:
+        """Whether it is a folder with a configuration, a safetensors file in one, or a GGUF file."""
+        return is_checkpoint(model.path)
+
+    def load(self, model: stoker.LocalModel, settings: stoker.LoadSettings) -> stoker.Runtime:
+        """Check the files, choose settings, load the model.
+
+        Raises:
+            ConfigError: A setting cannot be, such as a device that is not there.
+            ModelError: The model is incomplete, damaged, of an unknown kind, or needs consent.
+            OutOfMemoryError: Its weights and KV memory exceed the free memory.
+        """
+        options = settings.options if settings.options is not None else TorchOptions()
+        checkpoint = open_checkpoint(
+            model.path,
+            trust_remote_code=options.trust_remote_code,
+            allow_pickle=options.allow_pickle,
+        )
+        wait_policy, openmp_warning = prepare_openmp(options.omp_wait_policy)
+        # torch and transformers take seconds to import, and must come after OpenMP's settings; and torch
+        # must have set up its logging before that can be redirected.
+        from stoker_backend_torch import devices  # noqa: PLC0415
+
+        device = devices.choose_device(options.device)
+        with quiet():
+            from stoker_backend_torch import loading  # noqa: PLC0415
+
+        return loading.load_runtime(
+            model,
+            checkpoint,
+            settings,
+            options,
+            device=device,
+            extra_settings={"omp_wait_policy": wait_policy},
+            warnings=[openmp_warning] if openmp_warning else [],
+        )
+
+    def versions(self) -> Mapping[str, str]:
+        """Of the libraries that compute."""
+        found = {}
+        for package in ("torch", "transformers", "torchao"):
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        return found

@@ -1,0 +1,146 @@
+"""How many lanes of what length a model gets, and whether all of it fits into the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import stoker
+from stoker_backend_torch.devices import format_bytes, free_memory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from stoker_backend_torch.options import TorchOptions
+
+__all__ = ["Plan", "make_plan", "max_context"]
+
+_AUTO_LANES = 16
+_AUTO_LANES_GPU = 64
+_AUTO_CONTEXT = 4096
+_MAX_LANES = 1024
+# Of the memory that is free: the machine's is for others, too; a GPU's is for models.
+_SHARE, _SHARE_GPU = 0.5, 0.85
+# Rotary factors that depend on the length of what is computed, so that texts of different lengths in one
+# step would change each other's (see transformers' modeling_rope_utils).
+_LENGTH_DEPENDENT = frozenset({"longrope", "dynamic"})
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a model will be loaded with.
+
+    Attributes:
+        num_lanes: How many sequences can hold KV at once.
+        context_length: Most tokens of one lane.
+        kv_capacity_tokens: Most tokens of all lanes.
+        kv_bytes: Estimated size of the KV memory.
+        warnings: What the user should know.
+    """
+
+    num_lanes: int
+    context_length: int
+    kv_capacity_tokens: int
+    kv_bytes: int
+    warnings: tuple[str, ...] = ()
+
+
+def make_plan(
+    path: Path,
+    config: Any,
+    settings: stoker.LoadSettings,
+    options: TorchOptions,
+    *,
+    weights_bytes: int,
+    kv_bytes_per_token: int,
+    device: torch.device,
+) -> Plan:
+    """Choose lanes and context, and check that the memory holds them.
+
+    Args:
+        path: The model, for messages.
+        config: The text model's configuration.
+        settings: What the core asks for.
+        options: The backend's options.
+        weights_bytes: What the weights will take while they are loaded.
+        kv_bytes_per_token: What the keys and values of one token take in all layers.
+        device: Where the model will be.
+
+    Raises:
+        ConfigError: A setting makes no sense.
+        OutOfMemoryError: It does not fit; with the numbers and what to do.
+    """
+    if settings.lanes is not None and not 1 <= settings.lanes <= _MAX_LANES:
+        raise stoker.ConfigError(f"lanes = {settings.lanes} is not within 1 to {_MAX_LANES}")
+    if settings.context_length is not None and settings.context_length < 1:
+        raise stoker.ConfigError(f"context = {settings.context_length} is not positive")
+    context, warnings = _choose_context(config, settings.context_length)
+    on_gpu = device.type != "cpu"
+    available = free_memory(device)
+    lanes = settings.lanes
+    if lanes is None:
+        room = int(available * (_SHARE_GPU if on_gpu else _SHARE)) - weights_bytes
+        most = _AUTO_LANES_GPU if on_gpu else _AUTO_LANES
+        lanes = max(1, min(most, room // max(1, context * kv_bytes_per_token)))
+    capacity = min(options.kv_tokens or lanes * context, lanes * context)
+    context = min(context, capacity)
+    kv_bytes = capacity * kv_bytes_per_token
+    if options.check_memory and weights_bytes + kv_bytes > available:
+        cure = 'use a smaller model, or weights = "int8"'
+        if weights_bytes < available:
+            cure = "lower the context or the number of lanes"
+        raise stoker.OutOfMemoryError(
+            f"{path} does not fit: its weights take {format_bytes(weights_bytes)} and the KV memory of "
+            f"{lanes} lanes with {context} tokens {format_bytes(kv_bytes)}, but only "
+            f"{format_bytes(available)} of the memory of {device} are free; {cure}"
+        )
+    return Plan(lanes, context, capacity, kv_bytes, warnings)
+
+
+def max_context(config: Any) -> tuple[int | None, str]:
+    """The most tokens that a model's positions allow, and why, if more would be wrong.
+
+    Returns:
+        The length, or ``None`` if the configuration names none, and a reason, or nothing if a longer context
+        is merely untrained.
+    """
+    trained = getattr(config, "max_position_embeddings", None)
+    length = int(trained) if trained else None
+    rope = _rope_parameters(config)
+    if any(part.get("rope_type", part.get("type")) in _LENGTH_DEPENDENT for part in rope):
+        original = min(
+            int(part.get("original_max_position_embeddings") or length or _AUTO_CONTEXT)
+            for part in rope
+        )
+        original = int(getattr(config, "original_max_position_embeddings", None) or original)
+        return original, (
+            "beyond it the model's rotary factors depend on the length, so that texts of different lengths "
+            "in one step would change each other"
+        )
+    if length is not None and not rope:
+        return length, "the model has no positions beyond it"
+    return length, ""
+
+
+def _choose_context(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...]]:
+    most, reason = max_context(config)
+    trained = getattr(config, "max_position_embeddings", None) or _AUTO_CONTEXT
+    context = wanted or min(int(trained), _AUTO_CONTEXT)
+    if most is None or context <= most:
+        return context, ()
+    if reason:
+        return most, (f"The context is {most} tokens instead of {context}: {reason}.",)
+    return context, (
+        f"The context of {context} tokens exceeds the {most} that the model was trained with.",
+    )
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The settings of rotary positions, of each kind of layer; none if the model has no such positions."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(found, dict) or not found:
+        return []
+    nested = [part for part in found.values() if isinstance(part, dict)]
+    return nested or [found]

@@ -1,0 +1,1 @@
+"""What ``stoker doctor`` looks at: the machine, the installation, and plugins by their conformance suites."""

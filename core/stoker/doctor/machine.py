@@ -1,0 +1,386 @@
+"""The machine: Python, CPU, memory, disk, and how threads wait."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from stoker import __version__
+from stoker.doctor.limits import Limits, read_limits
+from stoker.interfaces import Finding
+from stoker.profiles import data_folder, this_machine
+
+__all__ = [
+    "available_memory",
+    "check_company",
+    "check_cpu",
+    "check_disk",
+    "check_memory",
+    "check_python",
+    "check_threads",
+    "size",
+    "usable_cores",
+]
+
+_SCANT_MEMORY = 2**30
+_SCANT_DISK, _NO_DISK = 5 * 10**9, 2 * 10**8
+_LOOK_S = 0.5
+_COMPANY = 0.25  # cores; less than this no barrier notices
+_MANY_ROUNDS = 1_000_000  # of spinning: several milliseconds
+
+
+def size(num_bytes: float) -> str:
+    """``12.3 GB``; decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+# --------------------------------------------------------------------------- Python
+
+
+def check_python() -> Iterator[Finding]:
+    """The interpreter."""
+    bits = struct.calcsize("P") * 8
+    name = f"{platform.python_implementation()} {platform.python_version()}"
+    text = f"{name}, {bits} bits, {platform.system()} {platform.machine()}; stoker {__version__}"
+    if bits < 64:
+        yield Finding(
+            level="warning",
+            topic="python",
+            message=f"{text}: a process of 32 bits holds models of at most two or three gigabytes.",
+            cure="Use a 64-bit Python.",
+        )
+        return
+    yield Finding(level="ok", topic="python", message=f"{text}.")
+    if not sys.flags.utf8_mode and sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
+        yield Finding(
+            level="note",
+            topic="python",
+            message=f"File names are {sys.getfilesystemencoding()}, not UTF-8.",
+            cure="Set PYTHONUTF8=1 if models with other letters in their names are not found.",
+        )
+
+
+# --------------------------------------------------------------------------- CPU
+
+
+def usable_cores(limits: Limits | None = None) -> int:
+    """Cores this process may use: by its affinity, and by its container's quota, rounded up."""
+    limits = read_limits() if limits is None else limits
+    cores = this_machine().cores
+    return cores if limits.cores is None else max(1, min(cores, math.ceil(limits.cores)))
+
+
+def check_cpu(
+    flags: Iterable[str] | None = None, limits: Limits | None = None
+) -> Iterator[Finding]:
+    """Cores, and the instructions that kernels live on.
+
+    Args:
+        flags: The CPU's features, as Linux names them; by default this one's.
+        limits: Of the control groups; by default those in force.
+    """
+    machine = this_machine()
+    limits = read_limits() if limits is None else limits
+    usable, logical = usable_cores(limits), psutil.cpu_count() or 1
+    physical = psutil.cpu_count(logical=False)
+    text = f"{machine.cpu}: {usable} of {logical} cores can be used"
+    text += f" ({physical} physical)." if physical and physical != logical else "."
+    yield Finding(level="ok", topic="cpu", message=text)
+    if limits.cores is not None and limits.cores < machine.cores:
+        yield Finding(
+            level="note",
+            topic="cpu",
+            message=f"This process has a quota of {limits.cores:g} cores: threads beyond it are "
+            "paused in turn.",
+            cure="Give the container a whole number of cores of its own.",
+        )
+    if physical and physical < logical and usable > physical:
+        yield Finding(
+            level="note",
+            topic="cpu",
+            message=f"Pairs of cores share their arithmetic units: {physical} threads may be "
+            f"as fast as {usable}.",
+            cure="Try `stoker tune`, or [performance] threads.",
+        )
+    yield from _features(set(machine.flags if flags is None else flags))
+
+
+def _features(flags: set[str]) -> Iterator[Finding]:
+    """What the CPU's instructions mean for serving."""
+    if not flags:
+        yield Finding(
+            level="note",
+            topic="cpu features",
+            message="The system does not tell the CPU's features.",
+        )
+        return
+    arm = flags & {"asimd", "asimddp", "i8mm", "sve", "sve2", "sme"}
+    if arm:
+        has = ", ".join(sorted(flags))
+        fast = "i8mm" in flags or "asimddp" in flags
+        meaning = "quantised weights have fast kernels" if fast else "without dot products: slow"
+        yield Finding(
+            level="ok" if fast else "warning", topic="cpu features", message=f"{has}: {meaning}."
+        )
+        return
+    known = [(name, means) for names, name, means in _X86 if flags & names]
+    if "avx2" not in flags:
+        yield Finding(
+            level="warning",
+            topic="cpu features",
+            message="The CPU has no AVX2: everything takes several times as long, and packages that "
+            "were built for newer CPUs crash with SIGILL.",
+            cure="Build the backend's library on this machine, from source.",
+        )
+        return
+    has = "; ".join(f"{name} ({means})" for name, means in known)
+    yield Finding(level="ok", topic="cpu features", message=f"{has}.")
+    if "amx_tile" in flags:
+        yield Finding(
+            level="note",
+            topic="amx",
+            message="AMX makes prompts several times faster, where a backend's library was compiled rightly: "
+            "gcc 12 drops stores before AMX's configuration, and kernels that it compiled so crash. The "
+            "backends' self-tests below try it.",
+        )
+
+
+_X86 = (
+    ({"avx2"}, "AVX2", "the least that fast kernels need"),
+    ({"avx512f"}, "AVX-512", "twice as wide"),
+    ({"avx512_vnni", "avx_vnni"}, "VNNI", "quick 8-bit integers: quantised weights"),
+    ({"avx512_bf16"}, "BF16", "bfloat16 at full speed: bf16 weights and KV"),
+    ({"amx_tile"}, "AMX", "matrix units: fast prompts and batches"),
+)
+
+
+# --------------------------------------------------------------------------- memory and disk
+
+
+def available_memory(limits: Limits | None = None) -> int:
+    """Bytes that can be taken without swapping, by the system and by the container."""
+    limits = read_limits() if limits is None else limits
+    available = int(psutil.virtual_memory().available)
+    return available if limits.memory_left is None else min(available, limits.memory_left)
+
+
+def check_memory(limits: Limits | None = None) -> Iterator[Finding]:
+    """How much there is, and how much of it is free.
+
+    Args:
+        limits: Of the control groups; by default those in force.
+    """
+    limits = read_limits() if limits is None else limits
+    total = int(psutil.virtual_memory().total)
+    if limits.memory is not None and limits.memory < total:
+        whose = f"{size(limits.memory)} by the container's limit, of the machine's {size(total)}"
+    else:
+        whose = f"{size(total)}"
+    available = available_memory(limits)
+    scant = available < _SCANT_MEMORY
+    yield Finding(
+        level="warning" if scant else "ok",
+        topic="memory",
+        message=f"{whose}; {size(available)} are free.",
+        cure="Only very small models fit: end other programs." if scant else "",
+    )
+    swapped = psutil.swap_memory().used
+    if scant and swapped > _SCANT_MEMORY:
+        yield Finding(
+            level="warning",
+            topic="memory",
+            message=f"{size(swapped)} are swapped out: a model that is swapped is unusably slow.",
+        )
+
+
+def check_disk(folders: Mapping[str, Path]) -> Iterator[Finding]:
+    """The free space where models and stored things go.
+
+    Args:
+        folders: What for, and where; folders that do not exist yet count for those they will be in.
+    """
+    seen: dict[tuple[int, int], list[str]] = {}
+    for what, folder in {**folders, "stoker's data": data_folder()}.items():
+        try:
+            place = _existing(folder)
+            usage, device = shutil.disk_usage(place), place.stat().st_dev
+            writable = os.access(place, os.W_OK)
+        except OSError as error:
+            yield Finding(
+                level="warning",
+                topic="disk",
+                message=f"{folder} ({what}) cannot be looked at: {error}.",
+            )
+            continue
+        if not writable:
+            yield Finding(
+                level="warning",
+                topic="disk",
+                message=f"{place} may not be written: {what} cannot be kept.",
+                cure="Change its owner, or set XDG_CACHE_HOME, XDG_DATA_HOME or HF_HOME to another folder.",
+            )
+        seen.setdefault((device, usage.free), []).append(f"{what} in {folder}")
+    for (_, free), what_in in seen.items():
+        level: Literal["ok", "warning", "problem"] = "ok"
+        if free < _SCANT_DISK:
+            level = "warning" if free >= _NO_DISK else "problem"
+        yield Finding(
+            level=level,
+            topic="disk",
+            message=f"{size(free)} are free for {', '.join(what_in)}.",
+            cure=""
+            if level == "ok"
+            else "Make room, or point HF_HOME and XDG_CACHE_HOME elsewhere.",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+# --------------------------------------------------------------------------- threads
+
+
+def check_threads(environ: Mapping[str, str], threads: int | None, cores: int) -> Iterator[Finding]:
+    """What sets how many threads compute, and how they wait for each other.
+
+    Args:
+        environ: The environment.
+        threads: ``[performance] threads``.
+        cores: Cores that can be used.
+    """
+    if threads is not None and threads > cores:
+        yield Finding(
+            level="warning",
+            topic="threads",
+            message=f"[performance] threads = {threads}, but {cores} cores can be used: threads that wait "
+            "for each other at every barrier wait for a core, too.",
+            cure=f"Set it to {cores}, or leave it out.",
+        )
+    yield from _num_threads(environ.get("OMP_NUM_THREADS", ""), cores)
+    policy = environ.get("OMP_WAIT_POLICY", "").lower()
+    if policy == "active":
+        yield Finding(
+            level="warning",
+            topic="threads",
+            message="OMP_WAIT_POLICY=active: waiting threads spin. With any other busy process on their "
+            "cores a step can take a hundred times as long.",
+            cure="Unset it (the backends choose), or set OMP_WAIT_POLICY=passive.",
+        )
+    elif policy:
+        yield Finding(
+            level="note",
+            topic="threads",
+            message=f"OMP_WAIT_POLICY={policy} overrules what the backends would choose. Threads that sleep "
+            "while they wait bear company; alone on their cores, threads that spin make single "
+            "streams faster.",
+        )
+    else:
+        yield Finding(
+            level="ok",
+            topic="threads",
+            message="OMP_WAIT_POLICY is not set: each backend chooses how its threads wait.",
+        )
+    rounds = environ.get("GOMP_SPINCOUNT", "").lower()
+    long = rounds in ("infinite", "infinity") or (rounds.isdigit() and int(rounds) > _MANY_ROUNDS)
+    if rounds:
+        yield Finding(
+            level="warning" if long else "note",
+            topic="threads",
+            message=f"GOMP_SPINCOUNT={rounds}: threads of gcc's OpenMP spin so many rounds before they sleep"
+            + (", which is far too long beside other work." if long else "."),
+            cure="Unset it: the backends choose." if long else "",
+        )
+
+
+def _num_threads(value: str, cores: int) -> Iterator[Finding]:
+    first = value.partition(",")[0].strip()
+    if not value:
+        return
+    if not first.isdigit() or int(first) < 1:
+        yield Finding(
+            level="warning",
+            topic="threads",
+            message=f"OMP_NUM_THREADS={value!r} is no number of threads.",
+            cure="Unset it.",
+        )
+    elif int(first) != cores:
+        more = int(first) > cores
+        yield Finding(
+            level="warning" if more else "note",
+            topic="threads",
+            message=f"OMP_NUM_THREADS={first}, and {cores} cores can be used"
+            + (
+                ": more threads than cores wait for each other."
+                if more
+                else ": the others stay idle."
+            ),
+            cure="Unset it, and set [performance] threads if you must.",
+        )
+
+
+def check_company(cores: int, look_s: float = _LOOK_S) -> Iterator[Finding]:
+    """What else keeps the cores busy.
+
+    Args:
+        cores: Cores that can be used.
+        look_s: For how long to look.
+    """
+    before = _times()
+    started = time.monotonic()
+    time.sleep(look_s)
+    after, wall_s = _times(), max(time.monotonic() - started, 1e-3)
+    shares = {
+        name: (after[name] - before[name]) / wall_s
+        for name in after.keys() & before.keys()
+        if name[0] != os.getpid()
+    }
+    busy = sorted(((share, name[2]) for name, share in shares.items()), reverse=True)
+    taken = sum(share for share, _ in busy)
+    if taken < _COMPANY:
+        yield Finding(
+            level="ok", topic="company", message="No other process keeps a core busy just now."
+        )
+        return
+    names = ", ".join(f"{name} ({share:.1f})" for share, name in busy[:3] if share >= 0.05)
+    if taken <= (psutil.cpu_count() or 1) - cores:
+        text = f"Other processes keep {taken:.1f} cores busy ({names}); as many are none of ours."
+        yield Finding(level="note", topic="company", message=text)
+        return
+    yield Finding(
+        level="warning",
+        topic="company",
+        message=f"Other processes keep {taken:.1f} cores busy: {names}. Threads that wait for each other "
+        "are slowed down by far more than that share.",
+        cure="End them, or leave them cores: [performance] threads.",
+    )
+
+
+def _times() -> dict[tuple[int, float, str], float]:
+    """Seconds of CPU that each process has used, by id, start and name."""
+    times = {}
+    for process in psutil.process_iter(["pid", "create_time", "name", "cpu_times"]):
+        info = process.info
+        used = info["cpu_times"]
+        if used is not None:
+            key = (info["pid"], info["create_time"] or 0.0, str(info["name"]))
+            times[key] = float(used.user + used.system)
+    return times
