@@ -57,6 +57,7 @@ class LegacyModel:
         scores: Scores of the tokens, for llama.
         merges: Pairs of tokens that become one, as ``a+b``, for falcon.
         ftype: The header's last number; by default that of the weights.
+        llama_format: The first bytes and the version of the file, for llama; 0 for none.
     """
 
     architecture: str
@@ -66,16 +67,15 @@ class LegacyModel:
     scores: list[float] = field(default_factory=list)
     merges: tuple[bytes, ...] = ()
     ftype: int | None = None
+    llama_format: tuple[bytes, int] = (b"tjgg", 3)
 
     def to_bytes(self, *, half: bool = False) -> bytes:
         """The file; ``half`` stores matrices as float16."""
         llama, falcon = self.architecture == "llama", self.architecture == "falcon"
         ftype = (_F16 if half else _F32) if self.ftype is None else self.ftype
-        data = bytearray(b"lmgg")
-        if llama or falcon:
-            data = bytearray(
-                (b"tjgg" if llama else b"ccgg") + struct.pack("<I", 3 if llama else 10)
-            )
+        magic, version = self.llama_format if llama else (b"ccgg", 10) if falcon else (b"lmgg", 0)
+        aligned = magic in {b"tjgg", b"ccgg"}
+        data = bytearray(magic + (struct.pack("<I", version) if version else b""))
         for number in [*self.header, ftype]:
             data += struct.pack("<f" if isinstance(number, float) else "<i", number)
         if self.architecture in {"gpt2", "starcoder", "gptj"}:
@@ -86,7 +86,7 @@ class LegacyModel:
             if self.architecture == "mpt":
                 token = "".join(map(chr, token)).encode()
             data += struct.pack("<I", len(token)) + token
-            if llama or falcon:
+            if version:
                 data += struct.pack("<f", self.scores[index] if llama else 0.0)
         data += struct.pack("<i", len(merges)) if falcon else b""
         for part in (part for pair in merges for part in pair):
@@ -96,7 +96,7 @@ class LegacyModel:
             encoded = name.encode()
             data += struct.pack("<3i", values.ndim, len(encoded), _F16 if is_half else _F32)
             data += struct.pack(f"<{values.ndim}i", *reversed(values.shape)) + encoded
-            if llama or falcon:
+            if aligned:
                 data += bytes(-len(data) % 32)
             data += values.astype(np.float16 if is_half else np.float32).tobytes()
         return bytes(data)
