@@ -11,7 +11,7 @@ import pytest
 import stoker
 from stoker.config import Config, ModelConfig
 from stoker.discovery import PluginListing, Plugins, load_plugins
-from stoker.doctor import asking, installation, machine
+from stoker.doctor import asking, installation, machine, threads
 from stoker.doctor.limits import Limits, read_limits
 from stoker.testing import ScriptedBackend, ScriptedSource
 
@@ -93,7 +93,7 @@ def test_a_containers_limits_are_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "threads", "expected"),
+    ("environ", "wanted", "expected"),
     [
         ({}, None, ["ok"]),
         ({}, 9, ["warning", "ok"]),
@@ -107,12 +107,12 @@ def test_a_containers_limits_are_said() -> None:
         ({"GOMP_SPINCOUNT": "300"}, None, ["ok", "note"]),
     ],
 )
-def test_thread_settings(environ: dict[str, str], threads: int | None, expected: list[str]) -> None:
-    assert levels(list(machine.check_threads(environ, threads, 2))) == expected
+def test_thread_settings(environ: dict[str, str], wanted: int | None, expected: list[str]) -> None:
+    assert levels(list(threads.check_threads(environ, wanted, 2))) == expected
 
 
 def test_company_is_looked_for_and_python_is_fine() -> None:
-    (company,) = machine.check_company(1, look_s=0.01)
+    (company,) = threads.check_company(1, look_s=0.01)
     assert company.topic == "company"
     assert next(machine.check_python()).level == "ok"
 
@@ -138,11 +138,11 @@ def test_company_matters_only_where_it_takes_our_cores(monkeypatch: pytest.Monke
 
     def look(cores: int) -> stoker.Finding:
         shown[:] = [{(1, 0.0, "busy"): 0.0, (2, 0.0, "new"): 9.0}, {(1, 0.0, "busy"): 10.0}]
-        (finding,) = machine.check_company(cores, look_s=0.0)
+        (finding,) = threads.check_company(cores, look_s=0.0)
         return finding
 
-    monkeypatch.setattr(machine, "_times", lambda: shown.pop(0))
-    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 10**9)
+    monkeypatch.setattr(threads, "_times", lambda: shown.pop(0))
+    monkeypatch.setattr(threads.psutil, "cpu_count", lambda: 10**9)
     assert look(10**9).level == "warning"
     assert "busy" in look(1).message
     assert look(1).level == "note"

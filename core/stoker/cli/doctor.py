@@ -70,7 +70,7 @@ def _examine(state: State, config_path: str | None, extra: str | None) -> Iterat
     """Everything that there is to look at, in the order of the table."""
     import os
 
-    from stoker.doctor import asking, installation, machine
+    from stoker.doctor import asking, installation, machine, threads
     from stoker.doctor.limits import read_limits
 
     limits = read_limits()
@@ -80,8 +80,8 @@ def _examine(state: State, config_path: str | None, extra: str | None) -> Iterat
     yield from machine.check_disk(installation.folders(state.plugins))
     config, finding = _configuration(state, config_path)
     cores = machine.usable_cores(limits)
-    yield from machine.check_threads(os.environ, config.performance.threads, cores)
-    yield from machine.check_company(cores)
+    yield from threads.check_threads(os.environ, config.performance.threads, cores)
+    yield from threads.check_company(cores)
     yield from installation.check_plugins(state.plugins.listing(config))
     yield finding
     yield installation.check_port(config.server.host, config.server.port, _running(config))

@@ -35,6 +35,7 @@ KINDS = ("backend", "policy", "middleware", "observer")
 """What there are suites for."""
 
 _LIMIT_S = 1800.0
+_TIMED_OUT = -1000  # no signal has this number
 _NEEDS_MODEL = "it needs a model to be tried with: --model REF"
 _NEEDED = ("pytest", "hypothesis")
 _STARTER = "from stoker.doctor.suites import make_suites\nglobals().update(make_suites())\n"
@@ -236,6 +237,8 @@ def _run_child(folder: Path, more: Sequence[str]) -> tuple[int, str]:
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
     environ.pop("PYTEST_ADDOPTS", None)
+    if path := environ.get("PYTHONPATH"):  # its folders may be relative to ours
+        environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
     try:
         done = subprocess.run(  # noqa: S603 - our own interpreter and pytest
             [*_COMMAND, *more],
@@ -248,7 +251,7 @@ def _run_child(folder: Path, more: Sequence[str]) -> tuple[int, str]:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        return -signal.SIGALRM, (error.output or b"").decode("utf-8", "replace")
+        return _TIMED_OUT, (error.output or b"").decode("utf-8", "replace")
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
@@ -260,7 +263,7 @@ def _read_report(path: Path, code: int, output: str) -> list[CheckResult]:
     if code not in (0, 1):  # 1: some failed
         names = {number.value: number.name for number in signal.Signals}
         how = f"ended with code {code}" if code >= 0 else f"was killed by {names.get(-code, -code)}"
-        if code == -signal.SIGALRM:
+        if code == _TIMED_OUT:
             how = f"did not end within {_LIMIT_S:.0f} s"
         last = events[-1] if events else _Event()
         if not last.begins:

@@ -251,7 +251,7 @@ class LaneMemory:
 def _blocks(runtime: Runtime, config: CacheConfig) -> ExactBlocks:
     """The rule that prompts are cut by."""
     info = runtime.info
-    block = info.capabilities.exact_block if config.exact else 1
+    block = (info.capabilities.exact_block or 1) if config.exact else 1
     whole_tail = info.capabilities.exact_tail == "whole"
     if block + whole_tail > max(1 + whole_tail, info.max_step_tokens - info.num_lanes):
         logger.warning(

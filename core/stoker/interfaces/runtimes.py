@@ -45,7 +45,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         exact_block: Block length B of the promise that a prompt's KV has the same bits however the prompt was
             cut, as long as (1) whole blocks of B tokens, at multiples of B, are computed in chunks that start
             at a multiple of B and are a multiple of B long, and (2) what follows the prompt's last whole
-            block, and generated tokens, are computed in pieces shorter than B. 1: any cut will do.
+            block, and generated tokens, are computed in pieces shorter than B. 1: any cut will do. 0: nothing
+            is promised, since kernels round in other ways for other numbers of rows; prompts are cut at will,
+            and a text may turn at a token that is nearly as likely as another.
         exact_from: Prompts of fewer tokens than this have no whole blocks in that sense and are computed in
             pieces shorter than B throughout, so that all of their KV, and that of their answers, is of one
             kind: for runtimes where blocks pay for long prompts only.

@@ -245,9 +245,9 @@ def _attend_compiled(
     """The same for ``torch.compile``, which does not look into it."""
     handle, layer = place.tolist()
     call = LayerCall(scaling, window, softcap, sinks)
-    rows = (part[0].transpose(0, 1) for part in (query, key, value))
+    queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
     # An operator's result must be its own memory.
-    return _memories[handle].attend(layer, *rows, call).unsqueeze(0).contiguous()
+    return _memories[handle].attend(layer, queries, keys, values, call).unsqueeze(0).contiguous()
 
 
 @_attend_compiled.register_fake

@@ -193,6 +193,7 @@ def _describe(
             copy_prefix=True,
             snapshot=True,
             lane_locality=True,
+            exact_block=0,  # matrix kernels are chosen by the number of rows
             samples=_samples(options.sampling, loaded.device),
         ),
         settings={

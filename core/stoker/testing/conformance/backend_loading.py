@@ -63,7 +63,7 @@ class BackendLoading(BackendSuite):
                 info.capabilities.truncation in ("any", "reset"),
                 f"capabilities.truncation is {info.capabilities.truncation!r}",
             ),
-            (info.capabilities.exact_block >= 1, "capabilities.exact_block is less than 1"),
+            (info.capabilities.exact_block >= 0, "capabilities.exact_block is negative"),
             (
                 bool(embedding) == info.capabilities.embed,
                 "capabilities.embed and embedding contradict each other: describe how it embeds if it does",

@@ -129,11 +129,16 @@ class Cuts:
 
     Args:
         runtime: The runtime.
+
+    Attributes:
+        block: The block length; 1 if any cut will do.
+        is_promised: Whether it promises anything.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         capabilities = runtime.info.capabilities
-        self.block = capabilities.exact_block
+        self.is_promised = capabilities.exact_block > 0
+        self.block = capabilities.exact_block or 1
         self._whole_tail = capabilities.exact_tail == "whole" and self.block > 1
         self._rule = ExactBlocks(self.block, capabilities.exact_from, whole_tail=self._whole_tail)
         self._most = runtime.info.max_step_tokens
