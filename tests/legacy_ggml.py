@@ -41,7 +41,7 @@ _WORDS = [
     b"  ",
 ]
 TOKENS = [*(bytes([byte]) for byte in range(256)), *_WORDS, END]
-ARCHITECTURES = ("gpt2", "starcoder", "gptj", "gpt_neox", "mpt", "llama")
+ARCHITECTURES = ("gpt2", "starcoder", "gptj", "gpt_neox", "mpt", "llama", "falcon")
 _F32, _F16 = 0, 1
 
 
@@ -55,7 +55,9 @@ class LegacyModel:
         tensors: ``float32`` weights by the names in the file.
         tokens: Bytes of each token.
         scores: Scores of the tokens, for llama.
+        merges: Pairs of tokens that become one, as ``a+b``, for falcon.
         ftype: The header's last number; by default that of the weights.
+        llama_format: The first bytes and the version of the file, for llama; 0 for none.
     """
 
     architecture: str
@@ -63,29 +65,38 @@ class LegacyModel:
     tensors: dict[str, np.ndarray[Any, Any]]
     tokens: list[bytes] = field(default_factory=lambda: list(TOKENS))
     scores: list[float] = field(default_factory=list)
+    merges: tuple[bytes, ...] = ()
     ftype: int | None = None
+    llama_format: tuple[bytes, int] = (b"tjgg", 3)
 
     def to_bytes(self, *, half: bool = False) -> bytes:
         """The file; ``half`` stores matrices as float16."""
-        llama = self.architecture == "llama"
+        llama, falcon = self.architecture == "llama", self.architecture == "falcon"
         ftype = (_F16 if half else _F32) if self.ftype is None else self.ftype
-        data = bytearray(b"tjgg" + struct.pack("<I", 3) if llama else b"lmgg")
+        magic, version = self.llama_format if llama else (b"ccgg", 10) if falcon else (b"lmgg", 0)
+        aligned = magic in {b"tjgg", b"ccgg"}
+        data = bytearray(magic + (struct.pack("<I", version) if version else b""))
         for number in [*self.header, ftype]:
             data += struct.pack("<f" if isinstance(number, float) else "<i", number)
         if self.architecture in {"gpt2", "starcoder", "gptj"}:
             data += struct.pack("<i", len(self.tokens))
+        merges = [pair.split(b"+") for pair in self.merges]
+        data += struct.pack("<i", len(merges)) if falcon else b""
         for index, token in enumerate(self.tokens):
             if self.architecture == "mpt":
                 token = "".join(map(chr, token)).encode()
             data += struct.pack("<I", len(token)) + token
-            if llama:
-                data += struct.pack("<f", self.scores[index])
+            if version:
+                data += struct.pack("<f", self.scores[index] if llama else 0.0)
+        data += struct.pack("<i", len(merges)) if falcon else b""
+        for part in (part for pair in merges for part in pair):
+            data += struct.pack("<I", len(part)) + part
         for name, values in self.tensors.items():
             is_half = half and values.ndim == 2 and name != "model/wpe"
             encoded = name.encode()
             data += struct.pack("<3i", values.ndim, len(encoded), _F16 if is_half else _F32)
             data += struct.pack(f"<{values.ndim}i", *reversed(values.shape)) + encoded
-            if llama:
+            if aligned:
                 data += bytes(-len(data) % 32)
             data += values.astype(np.float16 if is_half else np.float32).tobytes()
         return bytes(data)
@@ -124,6 +135,9 @@ def make_model(architecture: str, *, seed: int = 0, context: int = CONTEXT) -> L
         header = [len(tokens), WIDTH, 32, HEADS, LAYERS, WIDTH // HEADS]
         scores = [0.0] * 259 + [-float(rank) for rank in range(len(tokens) - 259)]
         return LegacyModel(architecture, header, shapes.llama(), tokens, scores)
+    if architecture == "falcon":
+        header = [size, WIDTH, HEADS, 1, LAYERS, 7]
+        return LegacyModel(architecture, header, shapes.falcon(), merges=(b"l+d",))
     raise ValueError(architecture)
 
 
@@ -203,4 +217,20 @@ class _Shapes:
             layer |= {"feed_forward.w1.weight": m(hidden), "feed_forward.w3.weight": m(hidden)}
             layer["feed_forward.w2.weight"] = m(WIDTH, hidden)
             tensors |= {f"layers.{i}.{name}": values for name, values in layer.items()}
+        return tensors
+
+    def falcon(self) -> dict[str, Any]:
+        m, b, s = self.matrix, self.bias, self.scale
+        tensors = {
+            "transformer.word_embeddings.weight": m(self.size),
+            "lm_head.weight": m(self.size),
+        }
+        tensors |= {"transformer.ln_f.weight": s(), "transformer.ln_f.bias": b()}
+        for i in range(LAYERS):
+            layer = {"input_layernorm.weight": s(), "input_layernorm.bias": b()}
+            layer["self_attention.query_key_value.weight"] = m((HEADS + 2) * WIDTH // HEADS)
+            layer["self_attention.dense.weight"] = m(WIDTH)
+            layer["mlp.dense_h_to_4h.weight"] = m(4 * WIDTH)
+            layer["mlp.dense_4h_to_h.weight"] = m(WIDTH, 4 * WIDTH)
+            tensors |= {f"transformer.h.{i}.{name}": values for name, values in layer.items()}
         return tensors

@@ -1,4 +1,4 @@
-"""The backend under stoker's conformance suite, with tiny models of two kinds."""
+"""The backend under stoker's conformance suite, with tiny models of several kinds."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ class TestLlama(BackendConformance):
     @pytest.fixture
     def backend(self, tmp_path: Path) -> BackendUnderTest:
         return under_test(tmp_path, "llama")
+
+
+class TestFalcon(BackendConformance):
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> BackendUnderTest:
+        return under_test(tmp_path, "falcon")
 
 
 class TestReset(BackendConformance):

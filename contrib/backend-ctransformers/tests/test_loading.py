@@ -87,6 +87,25 @@ def test_the_architecture_is_told_by_the_file(architecture: str, tmp_path: Path)
     assert file["n_layer"] == 2
 
 
+@pytest.mark.parametrize("form", [(b"fmgg", 1), (b"tjgg", 1), (b"tjgg", 2)])
+def test_older_formats_of_llama(
+    form: tuple[bytes, int], tmp_path: Path, load: Load, run: Callable[..., Any]
+) -> None:
+    model = make_model("llama")
+    model.llama_format = form
+    old = load(written(tmp_path / "old.bin", model))
+    assert old.info.settings["format"] == f"{'ggmf' if form[0] == b'fmgg' else 'ggjt'} {form[1]}"
+    rows = [run(runtime, (0, [5, 6, 7], 0)) for runtime in (old, load("llama"))]
+    assert abs(rows[0] - rows[1]).max() < 1e-5
+
+
+def test_the_oldest_format_of_llama_is_refused(tmp_path: Path, load: Load) -> None:
+    """ctransformers reads scores of tokens that it does not have."""
+    model = make_model("llama")
+    model.llama_format = (b"lmgg", 0)
+    assert "cannot be used" in refusal(load, written(tmp_path / "oldest.bin", model))
+
+
 def test_names_and_config_json_tell_apart_what_files_do_not(tmp_path: Path, load: Load) -> None:
     model = make_model("gpt2")
     assert load(written(tmp_path / "starcoder-tiny.bin", model)).info.settings["architecture"] == (
@@ -263,6 +282,7 @@ def test_facts_of_the_loaded_model(load: Load, tmp_path: Path) -> None:
     assert [can.copy_prefix, can.snapshot, can.embed] == [False] * 3
     assert "since 2023" in info.warnings[-1]
     assert load("gpt2", truncation="reset").info.capabilities.truncation == "reset"
+    assert load("falcon", truncation="any").info.capabilities.truncation == "reset"
     assert CTransformersBackend().versions()["ctransformers"].startswith("0.2.")
 
 

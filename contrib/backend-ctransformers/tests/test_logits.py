@@ -79,6 +79,22 @@ def reference(architecture: str) -> Callable[[list[int]], np.ndarray[Any, Any]]:
             )
         )
         state = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
+    elif architecture == "falcon":
+        model = transformers.FalconForCausalLM(
+            transformers.FalconConfig(
+                **shape,
+                hidden_size=WIDTH,
+                num_attention_heads=HEADS,
+                num_hidden_layers=LAYERS,
+                multi_query=True,
+                parallel_attn=True,
+                new_decoder_architecture=False,
+                bias=False,
+                alibi=False,
+                tie_word_embeddings=False,
+            )
+        )
+        state = weights
     else:
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import stoker
-from legacy_ggml import CONTEXT
+from legacy_ggml import ARCHITECTURES, CONTEXT
 from stoker_backend_ctransformers.runtime import EXACT_BLOCK
 
 Load = Callable[..., Any]
@@ -33,8 +33,9 @@ def test_a_full_lane_is_no_room_and_changes_nothing(
     assert not runtime.step(build_step((0, [1] * (CONTEXT - 100), 100))).no_room
 
 
-def test_truncation_is_exact(load: Load, run: Run) -> None:
-    runtime = load("gpt_neox")
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"falcon"}))
+def test_truncation_is_exact(architecture: str, load: Load, run: Run) -> None:
+    runtime = load(architecture)
     run(runtime, (0, PROMPT, 0))
     assert runtime.truncate(0, 64) == 64
     run(runtime, (0, [9] * 20, 64))  # other tokens, where the old ones' keys lay
@@ -52,6 +53,24 @@ def test_reset_keeps_all_or_nothing(load: Load, run: Run) -> None:
     assert runtime.truncate(0, 99) == 0
     np.testing.assert_array_equal(run(runtime, (0, PROMPT, 0)), first)
     assert runtime.truncate(1, 5) == 0
+
+
+def test_a_lane_that_failed_and_cannot_go_back_is_empty(
+    load: Load, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for architecture, kept in (("falcon", 0), ("gpt2", 5)):
+        runtime = load(architecture)
+        first = run(runtime, (0, PROMPT[:20], 0))
+        runtime.truncate(0, 0)
+        run(runtime, (0, PROMPT[:5], 0))
+        with monkeypatch.context() as broken:
+            failed = {"ctransformers_llm_batch_eval": lambda *_: False}
+            broken.setattr(runtime._instances[0], "_model", type("Failing", (), failed)())
+            with pytest.raises(stoker.EngineError, match="failed on 3 tokens at 5"):
+                run(runtime, (0, PROMPT[5:8], 5))
+        assert runtime.truncate(0, 5) == kept
+        again = run(runtime, (0, PROMPT[kept:20], kept))
+        np.testing.assert_allclose(again, first, atol=1e-4)
 
 
 def test_scoring_leaves_kv_as_a_plain_prefill_does(load: Load, run: Run) -> None:

@@ -73,9 +73,9 @@ def test_llama_begins_texts_with_its_token_and_a_space(load: Load) -> None:
 
 
 def test_long_words_cost_time_in_proportion(load: Load) -> None:
-    """``std::regex`` overflows the stack on these, which ends the process."""
+    """``std::regex`` takes minutes for these; where they are longer, it overflows the stack."""
     tokenizer = load("gpt2", lanes=1).tokenizer
-    for text in ("a" * 300_000, " " * 300_000, "!" * 300_000):
+    for text in ("a" * 100_000, " " * 100_000, "!" * 100_000):
         tokens = tokenizer.encode(text, add_special=True, parse_special=True)
         assert tokenizer.decode(tokens) == text
 

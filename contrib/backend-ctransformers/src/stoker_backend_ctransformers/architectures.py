@@ -32,6 +32,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         layer: What the names of a layer's tensors begin with; ``{}`` is its number.
         layer_tensors: How they go on.
         kv_element_bytes: Bytes of a key's or value's element.
+        rewinds: Whether computing may go on at an earlier position than it ended; else only at the first.
         tokenizer: ``words`` (longest token first, within words) or ``native``.
     """
 
@@ -47,6 +48,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     layer: str
     layer_tensors: frozenset[str] | None = None
     kv_element_bytes: int = 2
+    rewinds: bool = True
     tokenizer: Literal["words", "native"] = "words"
 
     def expected(self, num_layers: int) -> frozenset[str]:
@@ -144,6 +146,7 @@ _FALCON = Architecture(
         "transformer.word_embeddings.weight transformer.ln_f.weight transformer.ln_f.bias lm_head.weight"
     ),
     layer="transformer.h.{}.",
+    rewinds=False,  # measured: other logits, and ggllm.cpp does not say why
     tokenizer="native",
 )
 

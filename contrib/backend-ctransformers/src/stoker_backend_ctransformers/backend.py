@@ -71,7 +71,8 @@ class CTransformersBackend(stoker.Backend):
             library=str(build),
             context_length=context,
             batch_size=_exact_batch_size(options.batch_size),
-            threads=settings.threads or machine.usable_cores(),
+            # A thread that lost its core to a neighbour, such as the server, is waited for by all others.
+            threads=settings.threads or max(1, machine.usable_cores() - 1),
         )
         if options.self_test:
             batch_size, warning = find_batch_size(path, native)
@@ -172,13 +173,10 @@ def _kv_bytes(file: LegacyFile, context: int) -> int:
 
 def _memory_needed(file: LegacyFile, context: int) -> tuple[int, int]:
     """Bytes of each instance, and of what all instances share."""
-    if file.architecture.spm:  # buffers for intermediate results of its own; examples share theirs
-        each, shared = _kv_bytes(file, context) + _WORKING_BYTES, 0
-    else:
-        each, shared = _kv_bytes(file, context), _WORKING_BYTES
-    if file.mapped:
-        return each, shared + file.weights_bytes
-    return each + file.weights_bytes, shared
+    kv_bytes = _kv_bytes(file, context)
+    if file.mapped:  # those instances have buffers for intermediate results of their own, too
+        return kv_bytes + _WORKING_BYTES, file.weights_bytes
+    return kv_bytes + file.weights_bytes, _WORKING_BYTES
 
 
 def _choose_lanes(
@@ -219,6 +217,7 @@ def _describe(
 ) -> stoker.RuntimeInfo:
     """The facts of the loaded model; the caller adds those that follow from its settings."""
     copies = 1 if file.mapped else lanes
+    truncation = options.truncation if file.architecture.rewinds else "reset"
     return stoker.RuntimeInfo(
         name=model.model_id or file.architecture.name,
         vocab_size=len(file.tokens),
@@ -232,7 +231,7 @@ def _describe(
         weights_bytes=copies * file.weights_bytes,
         kv_bytes=lanes * _kv_bytes(file, native.context_length),
         capabilities=stoker.Capabilities(
-            truncation=options.truncation, exact_block=EXACT_BLOCK, exact_tail="whole"
+            truncation=truncation, exact_block=EXACT_BLOCK, exact_tail="whole"
         ),
         settings={
             "architecture": file.architecture.name,

@@ -179,8 +179,8 @@ class _Reader:
 
 
 def _read_as(architecture: Architecture, magic: str, reader: _Reader) -> LegacyFile:
-    if magic != "ggml" and not architecture.spm:
-        raise _UnreadableError(f"files of this architecture begin with ggml, not {magic}")
+    if (magic == "ggml") == architecture.spm:  # llama's first files were "ggml", without scores
+        raise _UnreadableError(f"ctransformers reads no {magic} files of this architecture")
     version = 0 if magic == "ggml" else reader.count(100, "format version")
     header = _read_header(architecture, reader)
     if magic == "ggcc":
@@ -206,7 +206,7 @@ def _read_as(architecture: Architecture, magic: str, reader: _Reader) -> LegacyF
         header=header,
         tokens=tokens,
         weights_bytes=weights,
-        mapped=aligned,
+        mapped=architecture.spm,
     )
 
 

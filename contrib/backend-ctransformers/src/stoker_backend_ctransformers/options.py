@@ -18,7 +18,7 @@ class CTransformersOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
         batch_size: Most tokens that it computes at once.
         library: Which of its builds to use; by default the best one for this CPU.
         truncation: ``any`` keeps a lane's first tokens when a conversation goes on; ``reset`` computes
-            every prompt from its first token.
+            every prompt from its first token, as is always done with falcon.
         chat_template: A file with a Jinja chat template; such model files hold none.
         self_test: Try the model in a child process first.
         check_memory: Refuse what exceeds the free memory.

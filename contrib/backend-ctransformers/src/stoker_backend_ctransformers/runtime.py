@@ -47,6 +47,7 @@ class CTransformersRuntime(Runtime):
         self._instances = list(instances)
         self._lengths = [0] * len(self._instances)
         self._batch_size = batch_size
+        self._rewinds = info.capabilities.truncation == "any"
         self._logits = np.empty((0, info.vocab_size), np.float32)
 
     def step(self, step: StepInput) -> StepOutput:
@@ -54,7 +55,7 @@ class CTransformersRuntime(Runtime):
 
         Raises:
             EngineError: The step is malformed (nothing changed), or ctransformers failed (its lane is back
-                where it was, and so are those after it).
+                where it was, or empty where it cannot go back; those after it were not touched).
         """
         self._check_open()
         total = len(step.token_ids)
@@ -73,10 +74,17 @@ class CTransformersRuntime(Runtime):
         row = 0
         for lane, start, end in runs:
             wanted = np.flatnonzero(step.wants_logits[start:end]).tolist()
+            length = self._lengths[lane]
+            # Should this fail, what cannot go back to where it was is empty.
+            self._lengths[lane] = length if self._rewinds else 0
             self._compute(
-                lane, step.token_ids[start:end], wanted, self._logits[row : row + len(wanted)]
+                lane,
+                length,
+                step.token_ids[start:end],
+                wanted,
+                self._logits[row : row + len(wanted)],
             )
-            self._lengths[lane] += end - start
+            self._lengths[lane] = length + end - start
             row += len(wanted)
         return StepOutput(logits=self._logits[:rows])
 
@@ -89,9 +97,8 @@ class CTransformersRuntime(Runtime):
         self._check_open()
         length = self._lengths[lane]
         if num_tokens < length:
-            exact = self.info.capabilities.truncation == "any"
             # Nothing to do in the instance: each evaluation says at which position it goes on.
-            self._lengths[lane] = max(num_tokens, 0) if exact else 0
+            self._lengths[lane] = max(num_tokens, 0) if self._rewinds else 0
         return self._lengths[lane]
 
     def close(self) -> None:
@@ -106,12 +113,13 @@ class CTransformersRuntime(Runtime):
     def _compute(
         self,
         lane: int,
+        first: int,
         tokens: NDArray[np.int32],
         wanted: Sequence[int],
         logits: NDArray[np.float32],
     ) -> None:
         """Compute a lane's tokens; only the last row of an evaluation has logits, so it is cut after each."""
-        instance, first, end = self._instances[lane], self._lengths[lane], len(tokens)
+        instance, end = self._instances[lane], len(tokens)
         start = 0
         for row, index in enumerate(wanted):
             self._evaluate(instance, tokens[start : index + 1], first + start)
@@ -124,7 +132,7 @@ class CTransformersRuntime(Runtime):
         block = -first % EXACT_BLOCK
         last = end - (first + end) % EXACT_BLOCK
         cuts = [index + 1 for index in wanted if block < index + 1 < end]
-        if block < last and any((first + cut) % EXACT_BLOCK for cut in cuts):
+        if self._rewinds and block < last and any((first + cut) % EXACT_BLOCK for cut in cuts):
             self._evaluate(instance, tokens[block:last], first + block)
             if last < end:
                 self._evaluate(instance, tokens[last:], first + last)
