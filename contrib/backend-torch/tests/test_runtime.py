@@ -257,7 +257,9 @@ def test_tokens_drawn_by_the_runtime_are_its_logits_greatest() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, when it compiles
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of torch's own modules, when it compiles
 def test_compiled_layers_give_the_same_logits() -> None:
     model = make_model("gemma3")
     truth = forward(model, TEXT)
