@@ -35,12 +35,6 @@ class TestLittleMemory(BackendConformance):
         return scripted(kv_capacity_tokens=300, embed=False)
 
 
-class TestOnlyEmbeds(BackendConformance):
-    @pytest.fixture
-    def backend(self) -> BackendUnderTest:
-        return scripted(generates=False)
-
-
 class TestNoTruncationNoCopies(BackendConformance):
     @pytest.fixture
     def backend(self) -> BackendUnderTest:

@@ -114,6 +114,18 @@ def test_every_option_is_documented_and_unknown_ones_are_refused() -> None:
         msgspec.convert({"dvice": "cpu"}, TorchOptions)
 
 
+def test_what_is_worth_measuring(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stoker.LocalModel(path=tiny_folder, model_id="m", reference="m")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    found = {tunable.name: tunable for tunable in TorchBackend().tunables(model)}
+    assert found.keys() == {"dtype", "weights"}
+    for tunable in found.values():
+        assert tunable.default in {value.label for value in tunable.values}
+        for value in tunable.values:
+            msgspec.convert(dict(value.options), TorchOptions)
+
+
 # ----------------------------------------------------------------------------- what is loaded
 
 

@@ -22,7 +22,7 @@ _INDEX = f"{_WEIGHTS}.index.json"
 _MODULES = "modules.json"  # sentence-transformers' list of what follows the model
 # Configurations, tokenizers, chat templates, and code, which is not run unless the user says so.
 _SMALL = re.compile(
-    r"[^/]+\.(?:json|jinja|txt|model|tiktoken|py)|additional_chat_templates/[^/]+\.jinja"
+    r"[^/]+\.(?:json|jinja|txt|model|spm|tiktoken|py)|additional_chat_templates/[^/]+\.jinja"
 )
 _PROSE = re.compile(r"(?:readme|licen[cs]e|notice|use_policy).*|[^/]+\.index\.json", re.IGNORECASE)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import stoker
@@ -12,7 +13,7 @@ from stoker_backend_torch.openmp import prepare_openmp
 from stoker_backend_torch.options import TorchOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["TorchBackend"]
 
@@ -56,6 +57,42 @@ class TorchBackend(stoker.Backend):
             extra_settings={"omp_wait_policy": wait_policy},
             warnings=[openmp_warning] if openmp_warning else [],
         )
+
+    def tunables(self, model: stoker.LocalModel) -> Sequence[stoker.Tunable]:
+        """The type that is computed in, and 8-bit weights where torchao is installed."""
+        from stoker_backend_torch import devices  # noqa: PLC0415 - torch, as in load
+
+        device = devices.choose_device("auto")
+        if device.type != "cpu":  # there the automatic type has no rival
+            return ()
+        natural = str(devices.choose_dtype("auto", device)).removeprefix("torch.")
+        found = [
+            stoker.Tunable(
+                name="dtype",
+                summary="The type that is computed in",
+                values=[
+                    stoker.TunableValue(label=name, options={"dtype": name})
+                    for name in ("bfloat16", "float32")
+                ],
+                default=natural,
+                changes_quality=True,
+            )
+        ]
+        if find_spec("torchao") is not None:
+            found.append(
+                stoker.Tunable(
+                    name="weights",
+                    summary="Bits of the linear layers' weights",
+                    values=[
+                        stoker.TunableValue(label=name, options={"weights": name})
+                        for name in ("as_is", "int8")
+                    ],
+                    default="as_is",
+                    group="memory",
+                    changes_quality=True,
+                )
+            )
+        return found
 
     def versions(self) -> Mapping[str, str]:
         """Of the libraries that compute."""

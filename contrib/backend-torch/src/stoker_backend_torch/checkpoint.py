@@ -21,17 +21,9 @@ _CONFIG = "config.json"
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _GGUF_MAGIC = b"GGUF"
-# Any of them is enough for transformers to build a tokenizer; config and special tokens alone are not.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "tiktoken.model",
-)
+# Any of them is enough for transformers to build a tokenizer; its settings alone are not.
+_TOKENIZER_FILES = frozenset({"tokenizer.json", "tekken.json", "vocab.json", "vocab.txt"})
+_TOKENIZER_SUFFIXES = frozenset({".model", ".spm", ".tiktoken"})
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6,
@@ -136,7 +128,10 @@ def open_checkpoint(path: Path, *, trust_remote_code: bool, allow_pickle: bool) 
             f"model.safetensors.index.json names; rename the file, or name the folder {folder}"
         )
     kind, files = _find_weights(folder, allow_pickle=allow_pickle)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any(
+        entry.name in _TOKENIZER_FILES or entry.suffix in _TOKENIZER_SUFFIXES
+        for entry in folder.iterdir()
+    ):
         raise stoker.ModelError(
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json, ...): fetch it from "
             "where the model came from"

@@ -38,15 +38,16 @@ class BackendLoading(BackendSuite):
             (info.name.strip(), "name is empty"),
             (not wrong, f"vocab_size is {info.vocab_size}, which these tokens exceed: {wrong}"),
             (
-                not generates(info) or 1 <= info.num_lanes <= (asked.lanes or info.num_lanes),
+                not info.capabilities.generates
+                or 1 <= info.num_lanes <= (asked.lanes or info.num_lanes),
                 f"num_lanes is {info.num_lanes}, and {asked.lanes} were asked for",
             ),
             (
-                generates(info) or info.num_lanes == info.kv_capacity_tokens == 0,
+                info.capabilities.generates or info.num_lanes == info.kv_capacity_tokens == 0,
                 f"{info.num_lanes} lanes, {info.kv_capacity_tokens} KV tokens: 0, as generates is false",
             ),
             (
-                generates(info) or info.capabilities.embed,
+                info.capabilities.generates or info.capabilities.embed,
                 "capabilities say that it neither generates nor embeds",
             ),
             (
