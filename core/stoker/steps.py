@@ -65,8 +65,8 @@ class StepOutput:
 class DeviceStepOutput(StepOutput):
     """The answer of a runtime whose logits lie on a device: they are fetched only when somebody asks.
 
-    Log-probabilities, scored prompts and drafts need logits on the host; tokens do not where the runtime
-    draws them (``Runtime.sample``).
+    Log-probabilities and scored prompts need logits on the host; tokens do not where the runtime draws them
+    (``Runtime.sample``).
 
     Args:
         fetch: Returns the rows asked for (``intp[n]``; ``None`` for all R) as ``float32[n, vocab]``. Called

@@ -15,8 +15,8 @@ from stoker import EngineError, FinishReason, Request, SampleInput, SamplingPara
 from stoker.config import SchedulerConfig, SpeculationConfig
 from stoker.engine import sampler
 from stoker.engine.detokenizer import Detokenizer, TokenText
-from stoker.engine.device_sampling import sample_input
 from stoker.engine.ngram import NgramDrafter
+from stoker.engine.sample_inputs import sample_input
 from stoker.engine.sequence import Sequence
 from stoker.grammar import GrammarSpec
 from stoker.testing import (
@@ -59,13 +59,19 @@ def sequence(prompt: list[int], output: list[int], **sampling: Any) -> Sequence:
 
 
 def make(
-    *, samples: bool, capacity: int | None = None, kind: type[ScriptedRuntime] = NoiseRuntime
+    *,
+    samples: bool,
+    capacity: int | None = None,
+    kind: type[ScriptedRuntime] = NoiseRuntime,
+    drafts: bool = False,
 ) -> EngineHarness:
     options = ScriptedOptions(kv_capacity_tokens=capacity, samples=samples)
     return EngineHarness(
         FirstComeFirstServed(),
         runtime=kind(lanes=4, context_length=200, options=options),
         scheduler=SchedulerConfig(max_num_batched_tokens=24),
+        drafter=NgramDrafter(2, 4) if drafts else None,
+        speculation=SpeculationConfig(adaptive=False, max_draft_tokens=4),
     )
 
 
@@ -91,14 +97,16 @@ SAMPLING = st.fixed_dictionaries(
 
 
 def told(request: Submitted) -> list[tuple[Any, ...]]:
-    """Everything that a request's reader is told, but for when."""
+    """Everything that a request's reader is told, but for when, and what became of drafts."""
     ends = [request.finish(index) for index in range(request.request.n)]
+    drafts = [(trace.draft_tokens, trace.accepted_tokens) for trace in request.traces()]
     return [
         (
             request.text(index),
             None if end is None else (end.finish_reason, end.stop, str(end.error)),
             [t for d in request.deltas if d.index == index for t in d.token_ids],
             [entry for d in request.deltas if d.index == index for entry in d.logprobs],
+            drafts,
         )
         for index, end in enumerate(ends)
     ]
@@ -119,7 +127,7 @@ def live(harness: EngineHarness, requests: list[dict[str, Any]], seed: int) -> l
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     mixes=st.lists(st.tuples(SAMPLING, st.booleans()), min_size=1, max_size=6),
     seed=st.integers(0, 2**40),
@@ -142,6 +150,15 @@ def test_the_tokens_are_those_of_the_host_whatever_is_asked_for(
     ]
     capacity = 200 if is_tight else None
     host, device = (live(make(samples=s, capacity=capacity), requests, seed) for s in (False, True))
+    assert device == host
+    # What is drafted is what comes, but here and there.
+    for request, answers in zip(requests, host, strict=True):
+        predicted = np.array(answers[0][2])
+        predicted[7::11] = ord("?")
+        request["predicted"] = predicted.tolist()
+    host, device = (
+        live(make(samples=s, capacity=capacity, drafts=True), requests, seed) for s in (False, True)
+    )
     assert device == host
 
 
@@ -188,6 +205,34 @@ def test_logits_come_to_the_host_only_for_those_who_read_them(
     sampling: dict[str, Any], rows: int
 ) -> None:
     assert fetched(ignore_eos=True, **sampling) == rows
+
+
+@pytest.mark.parametrize(
+    ("sampling", "stays"),
+    [
+        ({"temperature": 0.0}, True),
+        ({"top_p": 0.9, "min_p": 0.01, "logit_bias": {5: 1.0}}, True),
+        ({"repetition_penalty": 1.2}, False),
+        ({"min_tokens": 40}, False),
+        ({"typical_p": 0.9}, False),
+    ],
+)
+def test_drafts_are_verified_on_the_device_where_no_row_depends_on_the_one_before(
+    sampling: dict[str, Any], stays: bool
+) -> None:
+    sampling = {"temperature": 0.7, "seed": 4, "max_tokens": 40, "ignore_eos": True} | sampling
+    plain = make(samples=False)
+    wanted = plain.submit("some prompt", wants_token_ids=True, **sampling)
+    plain.run(100)
+    tokens = [token for delta in wanted.deltas for token in delta.token_ids]
+    harness = make(samples=True, drafts=True)
+    found = harness.submit("some prompt", predicted=tokens, **sampling)
+    steps = harness.run(100)
+    assert found.text() == wanted.text()
+    assert steps < 20
+    assert found.traces()[0].accepted_tokens > 10
+    assert isinstance(harness.runtime, ScriptedRuntime)
+    assert (harness.runtime.num_fetched_rows == 0) == stays
 
 
 def test_scored_prompts_and_drafts_work_beside_it() -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from stoker import Request, SampleInput, SamplingParams
 from stoker.engine import sampler
 from stoker.engine.detokenizer import Detokenizer, TokenText
-from stoker.engine.device_sampling import sample_input
 from stoker.engine.filters import TokenRules
+from stoker.engine.sample_inputs import sample_input
 from stoker.engine.sequence import Sequence
 from stoker.testing import reference_sample
 from stoker_backend_torch import draws

@@ -3,21 +3,21 @@
 A row of logits is as wide as the vocabulary, and bringing it from a device costs more than drawing from it
 there. So a runtime that says so (``Capabilities.samples``) is told how to draw, with the uniform numbers that
 the core's own sampler would use, and answers with tokens. Logits are fetched for those who read them:
-log-probabilities, scored prompts, drafts, and the samplers that only the host knows.
+log-probabilities, scored prompts, and the samplers that only the host knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as Rows
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stoker.engine import sampler
 from stoker.engine.logprobs import NOTHING
+from stoker.engine.sample_inputs import sample_input
 from stoker.errors import EngineError
-from stoker.types import SampleInput, TokenEdits, TokenLogprob
+from stoker.types import SampleInput, TokenLogprob
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from stoker.interfaces import Runtime
     from stoker.types import StepOutput
 
-__all__ = ["DeviceSampling", "likeliest_tokens", "sample_input"]
-
-_MOST_TOP_K = (1 << 31) - 1
+__all__ = ["DeviceSampling", "likeliest_tokens"]
 
 
 class DeviceSampling:
@@ -49,50 +47,49 @@ class DeviceSampling:
         self._masks = masks
         self._logprobs = logprobs
 
-    @staticmethod
-    def takes(plan: Plan) -> bool:
-        """Whether a step is for it: drafts and scored prompts need their logits on the host anyway."""
-        return not plan.drafts and not plan.num_scored_rows
-
     def sample(
         self, output: StepOutput, sampled: list[Sequence], plan: Plan
     ) -> tuple[list[list[int]], Mapping[int, list[TokenLogprob]]]:
-        """Choose the next token of each sequence.
+        """Choose the next tokens of each sequence.
 
         Args:
             output: What the runtime made of the step.
             sampled: The sequences, in the order of the rows.
-            plan: The step.
+            plan: The step; it scores no prompts.
 
         Returns:
-            One token for each, ``NOT_FINITE`` as from the core's sampler, and log-probabilities for those who
-            ask, by sequence id.
+            As from the core's sampler: one token for each, or as many as its draft is right and one more, the
+            last perhaps ``NOT_FINITE``; and log-probabilities for those who ask, by sequence id.
 
         Raises:
             EngineError: The runtime answered with something else.
         """
-        host = [at for at, sequence in enumerate(sampled) if _needs_host(sequence)]
+        drafts = plan.drafts
+        spans = _spans(sampled, drafts)
+        host = [at for at, s in enumerate(sampled) if _needs_host(s, has_draft=len(spans[at]) > 1)]
         if not host:
-            tokens = self._draw(range(len(sampled)), sampled)
+            chosen = self._draw(sampled, spans, drafts)
         else:
-            tokens = [sampler.NOT_FINITE] * len(sampled)
-            on_host = set(host)
-            device = [at for at in range(len(sampled)) if at not in on_host]
-            if device:
-                self._put(tokens, device, self._draw(device, [sampled[at] for at in device]))
+            chosen = [[sampler.NOT_FINITE]] * len(sampled)
+            logits = self._fetch(output, [spans[at] for at in host])
             sequences = [sampled[at] for at in host]
-            logits = self._masks.apply(self._fetch(output, host), sequences, {})
-            self._put(tokens, host, sampler.sample(logits, sequences))
-        chosen = [[token] for token in tokens]
-        return chosen, self._entries(output, sampled, chosen, plan)
-
-    @staticmethod
-    def _put(tokens: list[int], rows: Rows[int], found: Rows[int]) -> None:
-        for row, token in zip(rows, found, strict=True):
-            tokens[row] = token
+            logits = self._masks.apply(logits, sequences, drafts)
+            found = sampler.verify(logits, sequences, drafts)
+            device = sorted(set(range(len(sampled))) - set(host))
+            if device:
+                sequences = [sampled[at] for at in device]
+                found += self._draw(sequences, [spans[at] for at in device], drafts)
+            for at, tokens in zip(host + device, found, strict=True):
+                chosen[at] = tokens
+        return chosen, self._entries(output, sampled, spans, chosen, plan)
 
     def _entries(
-        self, output: StepOutput, sampled: list[Sequence], chosen: list[list[int]], plan: Plan
+        self,
+        output: StepOutput,
+        sampled: list[Sequence],
+        spans: list[range],
+        chosen: list[list[int]],
+        plan: Plan,
     ) -> Mapping[int, list[TokenLogprob]]:
         if not self._logprobs.num_asking:
             return NOTHING
@@ -100,21 +97,46 @@ class DeviceSampling:
         if not asking:
             return NOTHING
         return self._logprobs.of_step(
-            self._fetch(output, asking),
+            self._fetch(output, [spans[at] for at in asking]),
             [sampled[at] for at in asking],
             [chosen[at] for at in asking],
             plan,
         )
 
-    def _fetch(self, output: StepOutput, rows: list[int]) -> NDArray[np.float32]:
+    def _fetch(self, output: StepOutput, spans: list[range]) -> NDArray[np.float32]:
+        rows = [row for span in spans for row in span]
         logits = output.rows(np.array(rows, np.intp))
         wanted = (len(rows), self._vocab_size)
         if logits.shape != wanted:
             raise EngineError(f"the runtime returned logits of shape {logits.shape}, not {wanted}")
         return logits
 
-    def _draw(self, rows: Rows[int], sequences: list[Sequence]) -> list[int]:
-        batch = sample_input(rows, sequences, self._masks)
+    def _draw(
+        self,
+        sequences: list[Sequence],
+        spans: list[range],
+        drafts: Mapping[int, NDArray[np.int32]],
+    ) -> list[list[int]]:
+        """The tokens of sequences whose rows do not depend on each other's tokens."""
+        if not drafts:
+            tokens = self._draw_rows(sample_input([s.start for s in spans], sequences, self._masks))
+            return [[token] for token in tokens]
+        rows = [row for span in spans for row in span]
+        owners = [s for s, span in zip(sequences, spans, strict=True) for _ in span]
+        batch = sample_input(rows, owners, self._masks)
+        ahead = [row - span.start for span in spans for row in span]
+        for at, (owner, offset) in enumerate(zip(owners, ahead, strict=True)):
+            if offset and owner.sampling.temperature:
+                batch.draws[at] = sampler.uniform(owner.seed, owner.num_tokens + offset)
+        drawn = iter(self._draw_rows(batch))
+        chosen: list[list[int]] = []
+        for sequence, span in zip(sequences, spans, strict=True):
+            found = [next(drawn) for _ in span]
+            draft = drafts.get(sequence.sequence_id)
+            chosen.append(sampler.accepted(found, () if draft is None else draft.tolist()))
+        return chosen
+
+    def _draw_rows(self, batch: SampleInput) -> list[int]:
         edits = (batch.bias, batch.repetition, batch.penalties, batch.forbidden)
         # An index that is out of range can take a whole device down.
         for edit in edits:
@@ -125,7 +147,20 @@ class DeviceSampling:
                     f"a request's parameters name a token that the model does not have: its "
                     f"vocabulary has {self._vocab_size}"
                 )
-        return _checked(self._runtime.sample(batch), len(sequences), self._vocab_size)
+        return _checked(self._runtime.sample(batch), len(batch.rows), self._vocab_size)
+
+
+def _spans(sampled: list[Sequence], drafts: Mapping[int, NDArray[np.int32]]) -> list[range]:
+    """The rows of each sequence: one, and one more for each token of its draft."""
+    if not drafts:
+        return [range(row, row + 1) for row in range(len(sampled))]
+    spans: list[range] = []
+    start = 0
+    for sequence in sampled:
+        end = start + 1 + len(drafts.get(sequence.sequence_id, ()))
+        spans.append(range(start, end))
+        start = end
+    return spans
 
 
 def likeliest_tokens(runtime: Runtime, output: StepOutput, num_rows: int) -> list[int]:
@@ -178,97 +213,21 @@ def _checked(answer: Any, count: int, vocab_size: int) -> list[int]:
     return tokens
 
 
-def _needs_host(sequence: Sequence) -> bool:
-    """Whether a sequence's next token takes a sampler that devices do not have."""
-    params = sequence.sampling
-    if sequence.rules is not None and sequence.rules.needs_text:
+def _needs_host(sequence: Sequence, *, has_draft: bool) -> bool:
+    """Whether a sequence's next tokens take what devices do not do.
+
+    Those are samplers that only the core has, and, with a draft, all that depends on the tokens before: then
+    a row's logits are changed by what was drawn from the row before.
+    """
+    params, rules = sequence.sampling, sequence.rules
+    if rules is not None and (rules.needs_text or has_draft):
+        return True
+    if has_draft and (sampler.is_penalized(params) or sequence.request.grammar is not None):
         return True
     if params.temperature == 0.0:
         return False
-    return params.typical_p < 1.0 or sampler.excludes_top_choices(sequence)
-
-
-def sample_input(
-    rows: Rows[int], sequences: Rows[Sequence], masks: GrammarMasks | None = None
-) -> SampleInput:
-    """How to draw the next tokens of sequences.
-
-    Args:
-        rows: The row of each among those that the step was to give logits of.
-        sequences: N sequences.
-        masks: Where to get the masks of those that have a grammar.
-    """
-    params = [sequence.sampling for sequence in sequences]
-    batch = SampleInput(
-        rows=np.array(rows, np.int32),
-        temperature=np.array([p.temperature for p in params], np.float64),
-        top_k=np.array([min(p.top_k, _MOST_TOP_K) for p in params], np.int32),
-        top_p=np.array([p.top_p for p in params], np.float64),
-        min_p=np.array([p.min_p for p in params], np.float64),
-        draws=np.array(
-            [
-                sampler.uniform(s.seed, s.num_tokens) if s.sampling.temperature else 0.0
-                for s in sequences
-            ],
-            np.float64,
-        ),
-    )
-    _add_edits(batch, sequences)
-    if masks is not None and any(s.request.grammar is not None for s in sequences):
-        mask_rows, packed = masks.packed(sequences)
-        if mask_rows:
-            batch.mask_rows, batch.masks = np.array(mask_rows, np.int32), packed
-    return batch
-
-
-class _EditList:
-    """Collects the edits of one kind."""
-
-    __slots__ = ("_rows", "_tokens", "_values")
-
-    def __init__(self) -> None:
-        self._rows: list[NDArray[np.int32]] = []
-        self._tokens: list[NDArray[np.int64]] = []
-        self._values: list[NDArray[np.float32]] = []
-
-    def add(self, row: int, tokens: NDArray[np.int64], values: Any) -> None:
-        """Edits of one row; ``values`` is an array, or one for all."""
-        if len(tokens):
-            self._rows.append(np.full(len(tokens), row, np.int32))
-            self._tokens.append(tokens)
-            self._values.append(np.broadcast_to(np.asarray(values, np.float32), len(tokens)))
-
-    def whole(self) -> TokenEdits | None:
-        """All of them; ``None`` if there are none."""
-        if not self._rows:
-            return None
-        return TokenEdits(
-            np.concatenate(self._rows),
-            np.concatenate(self._tokens).astype(np.int32),
-            np.concatenate(self._values),
-        )
-
-
-def _add_edits(batch: SampleInput, sequences: Rows[Sequence]) -> None:
-    lists: tuple[_EditList, _EditList, _EditList, _EditList] | None = None
-    for row, sequence in enumerate(sequences):
-        params = sequence.sampling
-        is_penalized = sampler.is_penalized(params)
-        if not (is_penalized or params.logit_bias or sequence.rules is not None):
-            continue
-        lists = lists or (_EditList(), _EditList(), _EditList(), _EditList())
-        bias, repetition, penalties, forbidden = lists
-        if params.logit_bias:
-            bias.add(row, *sampler.biases(params))
-        if is_penalized:
-            counts = sampler.counted(sequence)
-            if params.repetition_penalty != 1.0:
-                repetition.add(row, counts.seen(), params.repetition_penalty)
-            if params.presence_penalty or params.frequency_penalty:
-                penalties.add(row, *counts.penalties(params))
-        if sequence.rules is not None:
-            forbidden.add(row, sequence.rules.forbidden(sequence.num_output), 0.0)
-    if lists is not None:
-        batch.bias, batch.repetition, batch.penalties, batch.forbidden = (
-            edits.whole() for edits in lists
-        )
+    if params.typical_p < 1.0:
+        return True
+    if has_draft:
+        return params.xtc_probability > 0.0
+    return sampler.excludes_top_choices(sequence)

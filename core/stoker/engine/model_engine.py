@@ -291,7 +291,7 @@ class ModelEngine:
             if output is None:
                 return self.clock() - started_s
             sampled, device = plan.sampled(), self._device
-            if device is not None and sampled and device.takes(plan):
+            if device is not None and sampled and not plan.num_scored_rows:
                 tokens, entries = device.sample(output, sampled, plan)
                 runtime_s = self.clock() - started_s  # a device may only now be done with the step
             else:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NOT_FINITE",
     "TokenCounts",
+    "accepted",
     "biases",
     "counted",
     "excludes_top_choices",
@@ -155,13 +156,22 @@ def verify(
         draft: list[int] = [] if found is None else found.tolist()
         end = row + len(draft) + 1
         if _is_plain_greedy(sequence):
-            tokens = likeliest[row:end]
-            wrong = (at for at, token in enumerate(draft) if tokens[at] != token)
-            chosen.append(tokens[: next(wrong, len(draft)) + 1])
+            chosen.append(accepted(likeliest[row:end], draft))
         else:
             chosen.append(_verify_rows(logits[row:end], likeliest[row:end], sequence, draft))
         row = end
     return chosen
+
+
+def accepted(tokens: list[int], draft: Rows[int]) -> list[int]:
+    """What of a sequence's sampled tokens counts: up to the first that is not the draft's.
+
+    Args:
+        tokens: One for each token of the draft, sampled with those before it in place, and one more.
+        draft: The guess.
+    """
+    wrong = (at for at, token in enumerate(draft) if tokens[at] != token)
+    return tokens[: next(wrong, len(draft)) + 1]
 
 
 def _verify_rows(
