@@ -19,7 +19,7 @@ import torch
 
 import stoker
 import stoker_backend_torch
-from stoker_backend_torch import planning
+from stoker_backend_torch import manners, planning
 from stoker_backend_torch.backend import TorchBackend
 from stoker_backend_torch.options import TorchOptions
 
@@ -223,6 +223,9 @@ def test_nothing_is_asked_of_the_network_nor_said_on_the_terminal(
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(socket, "getaddrinfo", connect)
     with caplog.at_level(logging.INFO, logger="stoker.backend.torch"):
+        load(tiny_folder)
+        assert not caplog.records  # it is quick
+        monkeypatch.setattr(manners, "_PERIOD_S", 0.0)
         load(tiny_folder)
     lines = [record.getMessage() for record in caplog.records]
     assert f"loading the weights of {tiny_folder.name}: 100 %" in lines
