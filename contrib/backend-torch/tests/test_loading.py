@@ -277,7 +277,7 @@ def write_gguf(path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gguf_file_is_dequantised(
-    load: Load, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    load: Load, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     runtime = load(tmp_path / "tiny.gguf", dtype="float32", device="cpu")
@@ -285,10 +285,22 @@ def test_a_gguf_file_is_dequantised(
     assert runtime.tokenizer.decode([2, 3]) == "BC"
     assert np.isfinite(last_logits(runtime, [1, 2, 3])).all()
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setitem(sys.modules, "gguf", None)
+
+
+@pytest.mark.slow
+def test_missing_extras_are_named(
+    load: Load, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF....")
+    for package in ("gguf", "accelerate", "torchao"):
+        monkeypatch.setitem(sys.modules, package, None)
     message = refusal(load, tmp_path / "tiny.gguf")
-    assert "tiny.gguf" in message
-    assert 'pip install "stoker-backend-torch[gguf]"' in message
+    assert message.endswith(
+        'tiny.gguf needs gguf and accelerate: pip install "stoker-backend-torch[gguf]"'
+    )
+    assert 'needs torchao: pip install "stoker-backend-torch[int8]"' in refusal(
+        load, tiny_folder, weights="int8"
+    )
 
 
 # ----------------------------------------------------------------------------- refusals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +101,7 @@ def find_code(checkpoint: Checkpoint, options: TorchOptions) -> ModelCode:
         ModelError: transformers does not know it, or its kind cannot be served here.
     """
     path = checkpoint.path
+    _check_extras(checkpoint, options)
     config = _read_config(checkpoint, options)
     names = list(getattr(config, "architectures", None) or ())
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -154,9 +156,8 @@ def load_model(
     """
     tokenizer, fast = _load_tokenizer(checkpoint, options)
     model = _load_weights(checkpoint, code, options, device=device, dtype=dtype)
-    found: list[str] = []
     if options.weights == "int8":
-        _quantize(checkpoint, model)
+        _quantize(model)
     return LoadedModel(
         model=model,
         config=model.config.get_text_config(decoder=True),
@@ -168,7 +169,7 @@ def load_model(
         bos_token=fast.bos_token or "",
         eos_token=fast.eos_token or "",
         end_token_ids=_end_tokens(model, fast),
-        warnings=tuple(found),
+        warnings=(),
         folder=checkpoint.folder,
         generates=code.generates,
     )
@@ -257,14 +258,17 @@ def _load_weights(
     else:
         arguments["use_safetensors"] = checkpoint.kind == "safetensors"
     arguments["config"] = code.config  # read already
-    if device.type != "cpu":
-        arguments["device_map"] = {"": device}
+    if device.type != "cpu" and find_spec("accelerate") is not None:
+        arguments["device_map"] = {
+            "": device
+        }  # straight to the device, without a copy of all on the way
     auto = transformers.AutoModelForCausalLM if code.generates else transformers.AutoModel
     try:
         with quiet(), progress(path.name):
             model, report = auto.from_pretrained(
                 checkpoint.folder, output_loading_info=True, **arguments
             )
+            model.to(device)
     except ImportError as error:
         raise _missing_package(path, error) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -288,17 +292,12 @@ def _load_weights(
     return model
 
 
-def _quantize(checkpoint: Checkpoint, model: Any) -> None:
+def _quantize(model: Any) -> None:
     """Turn the linear layers' weights into int8 with a scale for each output (symmetric, weight-only)."""
-    try:
-        with quiet():
-            from torchao.quantization import (  # noqa: PLC0415 - an optional dependency
-                Int8WeightOnlyConfig,
-                quantize_,
-            )
-    except ImportError as error:
-        raise _missing_package(checkpoint.path, error) from error
     with quiet():
+        # An optional dependency, whose import says much.
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: PLC0415
+
         quantize_(model, Int8WeightOnlyConfig())
 
 
@@ -378,13 +377,24 @@ def _local(checkpoint: Checkpoint, options: TorchOptions) -> dict[str, Any]:
     return arguments
 
 
+def _check_extras(checkpoint: Checkpoint, options: TorchOptions) -> None:
+    """What only some models and options need must be installed."""
+    wanted: dict[str, tuple[str, ...]] = {}
+    if checkpoint.kind == "gguf":
+        wanted["gguf"] = ("gguf", "accelerate")
+    if options.weights == "int8":
+        wanted["int8"] = ("torchao",)
+    for extra, packages in wanted.items():
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            raise stoker.ModelError(
+                f"{checkpoint.path} needs {' and '.join(missing)}: "
+                f'pip install "stoker-backend-torch[{extra}]"'
+            )
+
+
 def _missing_package(path: Path, error: ImportError) -> stoker.ModelError:
-    extra = ""
-    if "gguf" in str(error).lower() or "accelerate" in str(error).lower():
-        extra = '; pip install "stoker-backend-torch[gguf]"'
-    elif "torchao" in str(error).lower():
-        extra = '; pip install "stoker-backend-torch[int8]"'
-    return stoker.ModelError(f"{path} needs a package that is missing: {_one_line(error)}{extra}")
+    return stoker.ModelError(f"{path} needs a package that is missing: {_one_line(error)}")
 
 
 def _one_line(error: BaseException) -> str:
