@@ -19,7 +19,7 @@ import torch
 
 import stoker
 import stoker_backend_torch
-from stoker_backend_torch import planning
+from stoker_backend_torch import manners, planning
 from stoker_backend_torch.backend import TorchBackend
 from stoker_backend_torch.options import TorchOptions
 
@@ -224,6 +224,9 @@ def test_nothing_is_asked_of_the_network_nor_said_on_the_terminal(
     monkeypatch.setattr(socket, "getaddrinfo", connect)
     with caplog.at_level(logging.INFO, logger="stoker.backend.torch"):
         load(tiny_folder)
+        assert not caplog.records  # it is quick
+        monkeypatch.setattr(manners, "_PERIOD_S", 0.0)
+        load(tiny_folder)
     lines = [record.getMessage() for record in caplog.records]
     assert f"loading the weights of {tiny_folder.name}: 100 %" in lines
     assert capfd.readouterr() == ("", "")
@@ -274,7 +277,7 @@ def write_gguf(path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gguf_file_is_dequantised(
-    load: Load, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    load: Load, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     runtime = load(tmp_path / "tiny.gguf", dtype="float32", device="cpu")
@@ -282,10 +285,22 @@ def test_a_gguf_file_is_dequantised(
     assert runtime.tokenizer.decode([2, 3]) == "BC"
     assert np.isfinite(last_logits(runtime, [1, 2, 3])).all()
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setitem(sys.modules, "gguf", None)
+
+
+@pytest.mark.slow
+def test_missing_extras_are_named(
+    load: Load, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF....")
+    for package in ("gguf", "accelerate", "torchao"):
+        monkeypatch.setitem(sys.modules, package, None)
     message = refusal(load, tmp_path / "tiny.gguf")
-    assert "tiny.gguf" in message
-    assert 'pip install "stoker-backend-torch[gguf]"' in message
+    assert message.endswith(
+        'tiny.gguf needs gguf and accelerate: pip install "stoker-backend-torch[gguf]"'
+    )
+    assert 'needs torchao: pip install "stoker-backend-torch[int8]"' in refusal(
+        load, tiny_folder, weights="int8"
+    )
 
 
 # ----------------------------------------------------------------------------- refusals

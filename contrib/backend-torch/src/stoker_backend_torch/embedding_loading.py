@@ -19,9 +19,10 @@ from stoker_backend_torch.weights import load_model
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from stoker_backend_torch.architectures import ModelCode
     from stoker_backend_torch.checkpoint import Checkpoint
     from stoker_backend_torch.options import TorchOptions
-    from stoker_backend_torch.weights import LoadedModel, ModelCode
+    from stoker_backend_torch.weights import LoadedModel
 
 __all__ = ["load_embedding_runtime", "make_embedder"]
 

@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 import stoker
+from stoker_backend_torch.architectures import ModelCode, find_code
 from stoker_backend_torch.devices import (
     choose_dtype,
     kv_bytes_per_token,
@@ -24,7 +25,7 @@ from stoker_backend_torch.planning import Plan, make_plan
 from stoker_backend_torch.probe import look_at
 from stoker_backend_torch.runtime import TorchRuntime
 from stoker_backend_torch.sampler import can_sample_on
-from stoker_backend_torch.weights import LoadedModel, ModelCode, find_code, load_model
+from stoker_backend_torch.weights import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import warnings
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,7 +15,7 @@ __all__ = ["progress", "quiet"]
 
 logger = logging.getLogger("stoker.backend.torch")
 
-_PERCENT_STEP = 20  # a line of progress each
+_PERIOD_S = 2.0  # between lines of progress
 
 
 @contextlib.contextmanager
@@ -62,7 +63,7 @@ def progress(name: str) -> Iterator[None]:
 
 
 class _Progress:
-    """Iterates like tqdm's bars, and logs how far it is."""
+    """Iterates like tqdm's bars, and logs now and then how far it is."""
 
     def __init__(self, name: str, items: Any) -> None:
         self._name = name
@@ -70,13 +71,12 @@ class _Progress:
 
     def __iter__(self) -> Iterator[Any]:
         total = len(self._items) if hasattr(self._items, "__len__") else 0
-        logged = 0
+        due_s = time.monotonic() + _PERIOD_S
         for done, item in enumerate(self._items, 1):
             yield item
-            percent = 100 * done // total if total else 0
-            if percent >= logged + _PERCENT_STEP:
-                logged = percent - percent % _PERCENT_STEP
-                logger.info("loading the weights of %s: %d %%", self._name, logged)
+            if total and time.monotonic() >= due_s:
+                due_s = time.monotonic() + _PERIOD_S
+                logger.info("loading the weights of %s: %d %%", self._name, 100 * done // total)
 
     def __enter__(self) -> Self:
         return self

@@ -1,61 +1,27 @@
-"""A model's code, weights and tokenizer, through transformers, from files on this machine only."""
+"""A model's weights and tokenizer, through transformers, from files on this machine only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_MAPPING,
-)
 
 import stoker
+from stoker_backend_torch.architectures import from_files, missing_package, one_line
 from stoker_backend_torch.manners import progress, quiet
-from stoker_backend_torch.pooling import is_embedding_only, makes_embeddings
 from stoker_backend_torch.tokenizer import TorchTokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stoker_backend_torch.architectures import ModelCode
     from stoker_backend_torch.checkpoint import Checkpoint
     from stoker_backend_torch.options import TorchOptions
 
-__all__ = ["LoadedModel", "ModelCode", "find_code", "load_model"]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCode:
-    """Which of transformers' classes computes a model.
-
-    Attributes:
-        config: The whole configuration.
-        model_class: The class; of several parts, the one that generates text.
-        generates: Whether it generates text; if not, it only embeds.
-    """
-
-    config: Any
-    model_class: Any
-    generates: bool
-
-    @property
-    def text_config(self) -> Any:
-        """The configuration of the text model."""
-        return self.config.get_text_config(decoder=True)
-
-    @property
-    def is_encoder(self) -> bool:
-        """Whether a token's numbers depend on those behind it, too."""
-        config = self.text_config
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return True
-        return _looks_both_ways(config) or bool(
-            getattr(config, "use_bidirectional_attention", False)
-        )
+__all__ = ["LoadedModel", "load_model"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,41 +59,6 @@ class LoadedModel:
     generates: bool = True
 
 
-def find_code(checkpoint: Checkpoint, options: TorchOptions) -> ModelCode:
-    """Find transformers' code for a model, and check that it can be served.
-
-    Raises:
-        ModelError: transformers does not know it, or its kind cannot be served here.
-    """
-    path = checkpoint.path
-    config = _read_config(checkpoint, options)
-    names = list(getattr(config, "architectures", None) or ())
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    remote = getattr(config, "auto_map", None) or {}
-    generates = bool(causal.intersection(names)) or "AutoModelForCausalLM" in remote
-    if not names and not remote:
-        generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if generates and not remote and _looks_both_ways(config):
-        generates = False
-    if checkpoint.kind != "gguf" and is_embedding_only(checkpoint.folder, names):
-        generates = False
-    try:
-        with quiet():
-            model_class = (MODEL_FOR_CAUSAL_LM_MAPPING if generates else MODEL_MAPPING)[
-                type(config)
-            ]
-    except KeyError:
-        if not remote:
-            raise stoker.ModelError(
-                f"{path}: {', '.join(names) or config.model_type} is no language model that transformers "
-                f"{version('transformers')} can generate text or embeddings with"
-            ) from None
-        model_class = None  # its own code, found when it is loaded
-    code = ModelCode(config, model_class, generates)
-    _check_code(path, code)
-    return code
-
-
 def load_model(
     checkpoint: Checkpoint,
     code: ModelCode,
@@ -154,9 +85,8 @@ def load_model(
     """
     tokenizer, fast = _load_tokenizer(checkpoint, options)
     model = _load_weights(checkpoint, code, options, device=device, dtype=dtype)
-    found: list[str] = []
     if options.weights == "int8":
-        _quantize(checkpoint, model)
+        _quantize(model)
     return LoadedModel(
         model=model,
         config=model.config.get_text_config(decoder=True),
@@ -168,73 +98,10 @@ def load_model(
         bos_token=fast.bos_token or "",
         eos_token=fast.eos_token or "",
         end_token_ids=_end_tokens(model, fast),
-        warnings=tuple(found),
+        warnings=(),
         folder=checkpoint.folder,
         generates=code.generates,
     )
-
-
-# --------------------------------------------------------------------------- code
-
-
-def _read_config(checkpoint: Checkpoint, options: TorchOptions) -> Any:
-    path = checkpoint.path
-    model_type = checkpoint.config.get("model_type")
-    try:
-        with quiet():
-            return transformers.AutoConfig.from_pretrained(
-                checkpoint.folder, **_local(checkpoint, options)
-            )
-    except ImportError as error:
-        raise _missing_package(path, error) from error
-    except Exception as error:  # transformers raises many types, and none of its own
-        known = transformers.CONFIG_MAPPING
-        if model_type is not None and model_type not in known and not options.trust_remote_code:
-            raise stoker.ModelError(
-                f"{path}: transformers {version('transformers')} does not know the model type "
-                f"{model_type!r}; a newer one may: pip install --upgrade transformers"
-            ) from error
-        raise stoker.ModelError(
-            f"{path}: transformers cannot read the configuration: {_one_line(error)}"
-        ) from error
-
-
-def _looks_both_ways(config: Any) -> bool:
-    """Whether it is an encoder's configuration, whose class for generation is for its decoder variant."""
-    return not getattr(config, "is_decoder", True) and config.model_type != "bert-generation"
-
-
-def _check_code(path: Path, code: ModelCode) -> None:
-    model_class, config = code.model_class, code.config
-    if model_class is None:
-        return
-    name = getattr(model_class, "__name__", str(model_class))
-    if config.is_encoder_decoder:
-        raise stoker.ModelError(
-            f"{path}: {name} is an encoder-decoder model; only decoders and embedding models can be served"
-        )
-    if not code.generates:
-        if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
-            raise stoker.ModelError(
-                f"{path}: {name} reads more than text, and transformers {version('transformers')} has no "
-                "class for its text model alone; it cannot be served"
-            )
-        if not makes_embeddings(config.architectures or ()):
-            raise stoker.ModelError(
-                f"{path}: {', '.join(config.architectures)} neither writes text nor makes embeddings: it is "
-                "made for another task, such as classification, which cannot be served"
-            )
-        return
-    if getattr(model_class, "_is_stateful", False):
-        raise stoker.ModelError(
-            f"{path}: {name} is recurrent, or partly so: it has no KV memory for all of its layers, and "
-            "only models with attention in each can be served"
-        )
-    if not getattr(model_class, "_supports_attention_backend", False):
-        raise stoker.ModelError(
-            f"{path}: {name} computes attention in its own way, outside transformers' attention interface, "
-            "and cannot be served; try a GGUF file of it with stoker-backend-gguf"
-        )
 
 
 # --------------------------------------------------------------------------- weights
@@ -249,7 +116,7 @@ def _load_weights(
     dtype: torch.dtype,
 ) -> Any:
     path = checkpoint.path
-    arguments: dict[str, Any] = _local(checkpoint, options) | {"dtype": dtype}
+    arguments: dict[str, Any] = from_files(checkpoint, options) | {"dtype": dtype}
     if code.generates:  # encoders that have no SDPA do without
         arguments["attn_implementation"] = "sdpa"
     if checkpoint.kind == "gguf":
@@ -257,23 +124,26 @@ def _load_weights(
     else:
         arguments["use_safetensors"] = checkpoint.kind == "safetensors"
     arguments["config"] = code.config  # read already
-    if device.type != "cpu":
-        arguments["device_map"] = {"": device}
+    if device.type != "cpu" and find_spec("accelerate") is not None:
+        arguments["device_map"] = {
+            "": device
+        }  # straight to the device, without a copy of all on the way
     auto = transformers.AutoModelForCausalLM if code.generates else transformers.AutoModel
     try:
         with quiet(), progress(path.name):
             model, report = auto.from_pretrained(
                 checkpoint.folder, output_loading_info=True, **arguments
             )
+            model.to(device)
     except ImportError as error:
-        raise _missing_package(path, error) from error
+        raise missing_package(path, error) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise stoker.OutOfMemoryError(
             f"{path} does not fit into the memory of {device}: use a smaller model, or another device"
         ) from error
     except Exception as error:  # transformers raises many types, and none of its own
         raise stoker.ModelError(
-            f"{path}: transformers cannot load it: {_one_line(error)}"
+            f"{path}: transformers cannot load it: {one_line(error)}"
         ) from error
     # What encoders put their pooler on, a task of their training, is no part of an embedding.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
@@ -288,17 +158,12 @@ def _load_weights(
     return model
 
 
-def _quantize(checkpoint: Checkpoint, model: Any) -> None:
+def _quantize(model: Any) -> None:
     """Turn the linear layers' weights into int8 with a scale for each output (symmetric, weight-only)."""
-    try:
-        with quiet():
-            from torchao.quantization import (  # noqa: PLC0415 - an optional dependency
-                Int8WeightOnlyConfig,
-                quantize_,
-            )
-    except ImportError as error:
-        raise _missing_package(checkpoint.path, error) from error
     with quiet():
+        # An optional dependency, whose import says much.
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: PLC0415
+
         quantize_(model, Int8WeightOnlyConfig())
 
 
@@ -323,13 +188,13 @@ def _load_tokenizer(
     try:
         with quiet():
             fast = transformers.AutoTokenizer.from_pretrained(
-                checkpoint.folder, **_local(checkpoint, options)
+                checkpoint.folder, **from_files(checkpoint, options)
             )
     except ImportError as error:
-        raise _missing_package(path, error) from error
+        raise missing_package(path, error) from error
     except Exception as error:  # transformers raises many types, and none of its own
         raise stoker.ModelError(
-            f"{path}: transformers cannot load the tokenizer: {_one_line(error)}"
+            f"{path}: transformers cannot load the tokenizer: {one_line(error)}"
         ) from error
     native = getattr(fast, "backend_tokenizer", None)
     if native is None:
@@ -362,30 +227,3 @@ def _end_tokens(model: Any, fast: Any) -> frozenset[int]:
         if ids is not None:
             found.update(map(int, ids if isinstance(ids, (list, tuple)) else [ids]))
     return frozenset(token for token in found if token >= 0)
-
-
-# --------------------------------------------------------------------------- transformers' manners
-
-
-def _local(checkpoint: Checkpoint, options: TorchOptions) -> dict[str, Any]:
-    """Arguments for all of its loaders: from these files only."""
-    arguments: dict[str, Any] = {
-        "local_files_only": True,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    if checkpoint.kind == "gguf":
-        arguments["gguf_file"] = checkpoint.files[0].name
-    return arguments
-
-
-def _missing_package(path: Path, error: ImportError) -> stoker.ModelError:
-    extra = ""
-    if "gguf" in str(error).lower() or "accelerate" in str(error).lower():
-        extra = '; pip install "stoker-backend-torch[gguf]"'
-    elif "torchao" in str(error).lower():
-        extra = '; pip install "stoker-backend-torch[int8]"'
-    return stoker.ModelError(f"{path} needs a package that is missing: {_one_line(error)}{extra}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
