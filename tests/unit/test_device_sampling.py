@@ -215,6 +215,7 @@ def test_logits_come_to_the_host_only_for_those_who_read_them(
         ({"repetition_penalty": 1.2}, False),
         ({"min_tokens": 40}, False),
         ({"typical_p": 0.9}, False),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.02}, False),
     ],
 )
 def test_drafts_are_verified_on_the_device_where_no_row_depends_on_the_one_before(

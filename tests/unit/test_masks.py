@@ -371,6 +371,26 @@ def test_a_grammar_that_fails_ends_its_own_request(
     assert harness.engine.num_runtime_errors == 0
 
 
+@pytest.mark.parametrize("samples", [False, True])
+def test_bits_beyond_the_vocabulary_are_no_tokens(
+    samples: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_mask(self: _StubbornMatcher, mask: np.ndarray[Any, Any]) -> None:
+        mask[:] = 0
+        if len(self.tokens) < 3:
+            mask[3] = -1
+        else:
+            mask[8] = (-1 << 5) | 1 << (257 % 32)  # the end token, and what follows the last one
+
+    monkeypatch.setattr(_StubbornMatcher, "fill_mask", fill_mask)
+    runtime = ScriptedRuntime(options=ScriptedOptions(samples=samples))
+    harness = EngineHarness(FirstComeFirstServed(), runtime=runtime)
+    request = harness.submit("x", grammar=Stubborn(None, 0), max_tokens=20, ignore_eos=True)
+    harness.run()
+    assert len(request.text()) == 3
+    assert request.finish_reason is FinishReason.STOP
+
+
 def test_what_takes_too_long_of_everybodys_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stoker.engine.masks._FREE_S", -1.0)
     harness = make()
