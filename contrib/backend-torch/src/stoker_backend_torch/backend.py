@@ -94,6 +94,12 @@ class TorchBackend(stoker.Backend):
             )
         return found
 
+    def diagnose(self, models: Sequence[stoker.LocalModel]) -> Sequence[stoker.Finding]:
+        """See ``diagnosis.diagnose``."""
+        from stoker_backend_torch.diagnosis import diagnose  # noqa: PLC0415 - as seldom as it is asked for
+
+        return diagnose(models)
+
     def versions(self) -> Mapping[str, str]:
         """Of the libraries that compute."""
         found = {}

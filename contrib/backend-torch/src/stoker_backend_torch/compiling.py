@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_layers", "find_layers"]
 
-logger = logging.getLogger("stoker.torch")
+logger = logging.getLogger("stoker.backend.torch")
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

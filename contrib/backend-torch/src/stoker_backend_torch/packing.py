@@ -19,7 +19,7 @@ from torch.nn import functional
 
 __all__ = ["PackedLinear", "pack_linear_layers"]
 
-logger = logging.getLogger("stoker.torch")
+logger = logging.getLogger("stoker.backend.torch")
 
 _layers: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
 _DTYPES = (torch.bfloat16, torch.float32)
