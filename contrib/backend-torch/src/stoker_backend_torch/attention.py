@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NAME",
     "KvMemory",
+    "LayerAttention",
     "LayerCall",
     "attach",
     "attend",
@@ -59,12 +60,8 @@ class LayerCall:
         return not self.softcap and self.sinks is None
 
 
-class KvMemory(ABC):
-    """The keys and values of all lanes."""
-
-    @abstractmethod
-    def begin(self, batch: RaggedBatch) -> None:
-        """Prepare for a step; its lanes have room for it."""
+class LayerAttention(ABC):
+    """What layers attend with."""
 
     @abstractmethod
     def attend(
@@ -89,7 +86,50 @@ class KvMemory(ABC):
         """
 
 
-def attach(model: torch.nn.Module, memory: KvMemory | None) -> None:
+class KvMemory(LayerAttention):
+    """The keys and values of all lanes; how long each lane is, the runtime knows, too."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Its size."""
+
+    @abstractmethod
+    def reserve(self, batch: RaggedBatch) -> bool:
+        """Make room for a step's tokens; false, and nothing has changed, if there is none.
+
+        The lanes are within the context. A step that then fails is taken back by ``truncate``.
+        """
+
+    @abstractmethod
+    def begin(self, batch: RaggedBatch) -> None:
+        """Prepare for a step for which there is room."""
+
+    @abstractmethod
+    def truncate(self, lane: int, num_tokens: int) -> None:
+        """Keep a lane's first tokens and free the rest; a lane of no more tokens stays as it is."""
+
+    @abstractmethod
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Make the first tokens of one lane, which has as many, all that another one holds."""
+
+    @abstractmethod
+    def read(self, lane: int, num_tokens: int) -> bytes:
+        """The first tokens of a lane; the same bytes whatever the kind of memory (``snapshots.py``)."""
+
+    @abstractmethod
+    def write(self, lane: int, num_tokens: int, data: bytes) -> bool:
+        """Make what ``read`` gave all that a lane holds.
+
+        Returns:
+            Whether there was room; without, the lane is empty.
+
+        Raises:
+            ValueError: The data have another size; the lane is empty.
+        """
+
+
+def attach(model: torch.nn.Module, memory: LayerAttention | None) -> None:
     """Let a model's attention layers use a memory; ``None`` takes it away."""
     if memory is not None:
         _memories[id(memory)] = memory
@@ -134,7 +174,7 @@ def attend(
     Raises:
         EngineError: The layer has no memory, or asks for something unknown.
     """
-    memory: KvMemory | None = getattr(module, _MEMORY, None)
+    memory: LayerAttention | None = getattr(module, _MEMORY, None)
     if memory is None:
         raise EngineError(f"{type(module).__name__} has no KV memory")
     if torch.compiler.is_compiling():

@@ -8,16 +8,19 @@ attention and with ours; it is served only if both say the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from stoker import EngineError, ModelError
-from stoker_backend_torch.attention import NAME, KvMemory, LayerCall, attach, plain_attention
+from stoker_backend_torch.attention import (
+    NAME,
+    LayerAttention,
+    LayerCall,
+    attach,
+    plain_attention,
+)
 from stoker_backend_torch.kv import LayerShape
-
-if TYPE_CHECKING:
-    from stoker_backend_torch.ragged import RaggedBatch
 
 __all__ = ["look_at"]
 
@@ -27,15 +30,12 @@ _NUM_TOKENS = 24
 _TOLERANCE = {torch.float32: 0.002, torch.float16: 0.05, torch.bfloat16: 0.15}
 
 
-class _Recorder(KvMemory):
+class _Recorder(LayerAttention):
     """No memory: one sequence that attends to itself, and a note of what each layer keeps."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
         self.windows: dict[int, int] = {}
-
-    def begin(self, batch: RaggedBatch) -> None:
-        """Nothing to prepare."""
 
     def attend(
         self,
@@ -45,7 +45,7 @@ class _Recorder(KvMemory):
         value: torch.Tensor,
         call: LayerCall,
     ) -> torch.Tensor:
-        """See ``KvMemory.attend``."""
+        """See ``LayerAttention.attend``."""
         if layer in self.shapes:
             raise EngineError(f"layer {layer} attends twice")
         count, kv_heads, key_dim = key.shape
