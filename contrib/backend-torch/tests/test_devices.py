@@ -159,6 +159,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, llama_config: Callable[..., Any]) -> C
         context: int | None = None,
         config: Any = None,
         device: torch.device = CPU,
+        block_size: int = 0,
         **options: Any,
     ) -> Plan:
         monkeypatch.setattr(planning, "free_memory", lambda _: free)
@@ -170,6 +171,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, llama_config: Callable[..., Any]) -> C
             weights_bytes=100_000_000,
             kv_bytes_per_token=1000,
             device=device,
+            block_size=block_size,
         )
 
     return make
@@ -196,6 +198,39 @@ def test_what_does_not_fit_is_refused_with_the_numbers(plan: Callable[..., Plan]
     with pytest.raises(stoker.OutOfMemoryError, match="use a smaller model"):
         plan(free=50_000_000)
     assert plan(free=50_000_000, check_memory=False).num_lanes == 1
+
+
+def test_lanes_with_memory_of_their_own_share_out_what_may_be_used(
+    plan: Callable[..., Plan],
+) -> None:
+    found = plan(kv_tokens=5000)  # two of 2048 tokens
+    assert (found.num_lanes, found.context_length, found.kv_capacity_tokens) == (2, 2048, 4096)
+    assert found.kv_bytes == 4_096_000
+    found = plan(kv_tokens=500)
+    assert (found.num_lanes, found.context_length, found.warnings) == (1, 500, ())
+    found = plan(lanes=4, context=2000, kv_tokens=5000)
+    assert (found.num_lanes, found.context_length, found.kv_bytes) == (4, 1250, 5_000_000)
+    assert "1250 tokens instead of 2000: kv_tokens = 5000" in found.warnings[0]
+    with pytest.raises(
+        stoker.ConfigError, match="kv_tokens = 3 is less than a token for each of 4"
+    ):
+        plan(lanes=4, kv_tokens=3)
+
+
+def test_lanes_that_share_blocks_may_be_more_than_the_memory_holds(
+    plan: Callable[..., Plan],
+) -> None:
+    # Of half of the memory: the weights, and 16 blocks in which lanes end.
+    found = plan(free=2 * (100_000_000 + 10_256_000), block_size=16)
+    assert (found.num_lanes, found.context_length) == (16, 2048)
+    assert (found.kv_capacity_tokens, found.block_size) == (10_000, 16)
+    assert 10_000_000 < found.kv_bytes <= 10_256_000 + 16_000
+    found = plan(lanes=40, kv_tokens=1000, block_size=16)
+    assert (found.num_lanes, found.context_length, found.kv_capacity_tokens) == (40, 1000, 1000)
+    assert plan(lanes=2, context=100, kv_tokens=1000, block_size=16).kv_capacity_tokens == 200
+    assert plan(free=50_000_000, block_size=16, check_memory=False).kv_capacity_tokens == 2048
+    with pytest.raises(stoker.OutOfMemoryError, match=r"900000 tokens in blocks .* lower kv_tokens"):
+        plan(free=600_000_000, lanes=500, kv_tokens=900_000, block_size=16)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ __all__ = [
 NAME = "stoker"
 _MEMORY = "stoker_kv_memory"
 _PLACE = "stoker_kv_place"
-_memories: weakref.WeakValueDictionary[int, KvMemory] = weakref.WeakValueDictionary()
+_memories: weakref.WeakValueDictionary[int, LayerAttention] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, slots=True)

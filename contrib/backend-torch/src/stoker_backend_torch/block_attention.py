@@ -43,10 +43,10 @@ class BlockStep:
     Attributes:
         num_decodes: Sequences of a single token; their rows are the first ones.
         runs: The longer ones.
-        tables: ``int32[N, W]``, each sequence's blocks, then any block.
-        lengths: ``int64[N]``, each one's tokens with the new ones.
-        device_tables: ``tables`` on the device.
-        device_lengths: ``lengths`` on the device, ``int32[N]``.
+        tables: ``int32[N, W]``, each sequence's blocks, then any block; empty in a recorded step.
+        lengths: ``int64[N]``, each one's tokens with the new ones; likewise.
+        device_tables: ``int32[N, W]``, the tables on the device.
+        device_lengths: ``int32[N]``, the lengths on the device.
     """
 
     num_decodes: int
@@ -112,7 +112,13 @@ class GatheredAttention(BlockAttention):
         self._parts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def begin(self, step: BlockStep) -> None:
-        """See ``BlockAttention.begin``."""
+        """See ``BlockAttention.begin``.
+
+        Raises:
+            RuntimeError: The step's tables are on the device only.
+        """
+        if len(step.lengths) != step.num_decodes + len(step.runs):
+            raise RuntimeError("blocks cannot be gathered without their tables on the host")
         self._step = step
         self._groups = group_by_length(step.lengths[: step.num_decodes])
         self._parts = {}

@@ -12,13 +12,14 @@ import torch
 
 import stoker
 from stoker_backend_torch.architectures import ModelCode, find_code
+from stoker_backend_torch.choosing import choose_block_size
 from stoker_backend_torch.devices import (
     choose_dtype,
     kv_bytes_per_token,
     usable_cores,
 )
 from stoker_backend_torch.embedding_loading import load_embedding_runtime, make_embedder
-from stoker_backend_torch.kv import ContiguousKv
+from stoker_backend_torch.memory import make_memory
 from stoker_backend_torch.openmp import set_threads
 from stoker_backend_torch.packing import pack_linear_layers
 from stoker_backend_torch.planning import Plan, make_plan
@@ -96,19 +97,21 @@ def load_runtime(
         # The weights are there already: what is free need not hold them once more.
         plan = _plan(request, loaded.config, 0, device, dtype, per_token)
     num_packed = pack_linear_layers(loaded.model) if device.type == "cpu" else 0
-    memory = ContiguousKv(shapes, plan.num_lanes, plan.context_length, dtype, device)
-    how = {**extra_settings, "linear_layers": "packed" if num_packed else "plain"}
-    info = _describe(request, loaded, plan, how, [*warnings, *plan.warnings])
+    kv = make_memory(options, plan, shapes, int(loaded.config.num_attention_heads), dtype, device)
+    how = {**extra_settings, **kv.settings, "linear_layers": "packed" if num_packed else "plain"}
+    info = _describe(request, loaded, plan, how, [*warnings, *plan.warnings, *kv.warnings])
     embedder, embedding = make_embedder(loaded, checkpoint, options, plan.context_length)
     if embedding is not None:
         can = msgspec.structs.replace(info.capabilities, embed=True)
         info = msgspec.structs.replace(info, capabilities=can, embedding=embedding)
     gc.collect()  # what loading left behind goes now, not within a step
-    runtime = TorchRuntime(loaded, info, memory, embedder)
+    runtime = TorchRuntime(loaded, info, kv.memory, embedder)
     if options.compile:
         seconds = runtime.compile()
         settings_now = {**runtime.info.settings, "compiled": f"in {seconds:.0f} s"}
         runtime.info = msgspec.structs.replace(runtime.info, settings=settings_now)
+    if options.cuda_graphs and device.type == "cuda":
+        runtime.record()
     return runtime
 
 
@@ -129,6 +132,7 @@ def _plan(
             weights_bytes=weights_bytes,
             kv_bytes_per_token=kv_bytes_per_token(config, dtype) if kv_bytes is None else kv_bytes,
             device=device,
+            block_size=choose_block_size(request.options, device, dtype),
         )
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise stoker.ModelError(
@@ -193,7 +197,8 @@ def _describe(
             truncation="any",
             copy_prefix=True,
             snapshot=True,
-            lane_locality=True,
+            lane_locality=not plan.block_size,
+            shares_kv=plan.block_size > 0,
             exact_block=0,  # matrix kernels are chosen by the number of rows
             samples=_samples(options.sampling, loaded.device),
         ),
@@ -202,7 +207,6 @@ def _describe(
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "weights": options.weights,
-            "kv": "contiguous",
             "threads": str(torch.get_num_threads()),
             **extra_settings,
         },

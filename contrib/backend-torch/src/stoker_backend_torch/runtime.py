@@ -20,6 +20,8 @@ from stoker import (
 )
 from stoker_backend_torch.attention import KvMemory, attach
 from stoker_backend_torch.compiling import compile_layers
+from stoker_backend_torch.graphs import DecodeGraphs
+from stoker_backend_torch.paged import PagedKv
 from stoker_backend_torch.ragged import RaggedBatch, find_runs
 from stoker_backend_torch.sampler import TorchSampler
 
@@ -60,6 +62,7 @@ class TorchRuntime(Runtime):
         self._device = loaded.device
         self._memory: KvMemory | None = memory
         self._embedder = embedder
+        self._graphs: DecodeGraphs | None = None
         self._lengths = np.zeros(info.num_lanes, np.int64)
         self._sampler: TorchSampler | None = None
         if info.capabilities.samples:
@@ -88,8 +91,10 @@ class TorchRuntime(Runtime):
             if not memory.reserve(batch):
                 return StepOutput(logits=self._no_logits, no_room=True)
         try:
-            memory.begin(batch)
-            self._logits = self._forward(batch)
+            self._logits = None if self._graphs is None else self._graphs.run(batch)
+            if self._logits is None:
+                memory.begin(batch)
+                self._logits = self._forward(batch)
         except BaseException:
             # Rows behind a lane's length are nobody's: a pass that failed has changed nothing.
             for lane in batch.touched.tolist():
@@ -151,6 +156,16 @@ class TorchRuntime(Runtime):
             self.truncate(0, 0)
 
         return compile_layers(self._model, self.info.name, warm_up)
+
+    def record(self) -> None:
+        """Record decode steps as CUDA graphs, where the memory's attention can be recorded."""
+        memory = self._open()
+        if not isinstance(memory, PagedKv) or not memory.attention.is_static:
+            return
+        graphs = DecodeGraphs(self._model, memory, self._device)
+        graphs.prepare()
+        if graphs.sizes:
+            self._graphs = graphs
 
     def truncate(self, lane: int, num_tokens: int) -> int:
         """Keep the first ``num_tokens`` tokens of a lane; returns how many there are then."""
@@ -227,6 +242,9 @@ class TorchRuntime(Runtime):
             self._embedder.close()
         if self._memory is not None:
             attach(self._model, None)
+        if self._graphs is not None:
+            self._graphs.close()
+        self._graphs = None
         self._memory = None
         self._model = None
         self._logits = None
