@@ -229,7 +229,9 @@ def test_lanes_that_share_blocks_may_be_more_than_the_memory_holds(
     assert (found.num_lanes, found.context_length, found.kv_capacity_tokens) == (40, 1000, 1000)
     assert plan(lanes=2, context=100, kv_tokens=1000, block_size=16).kv_capacity_tokens == 200
     assert plan(free=50_000_000, block_size=16, check_memory=False).kv_capacity_tokens == 2048
-    with pytest.raises(stoker.OutOfMemoryError, match=r"900000 tokens in blocks .* lower kv_tokens"):
+    with pytest.raises(
+        stoker.OutOfMemoryError, match=r"900000 tokens in blocks .* lower kv_tokens"
+    ):
         plan(free=600_000_000, lanes=500, kv_tokens=900_000, block_size=16)
 
 
