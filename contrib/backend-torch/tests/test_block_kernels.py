@@ -18,9 +18,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from stoker_backend_torch import choosing
 from stoker_backend_torch.attention import LayerCall
 from stoker_backend_torch.block_attention import BlockAttention, BlockStep, GatheredAttention
-from stoker_backend_torch.block_kernels import FlashAttention, FlexAttention
+from stoker_backend_torch.block_kernels import FlashAttention, FlexAttention, compile_flex
 from stoker_backend_torch.blocks import BlockTables
 from stoker_backend_torch.choosing import (
+    AttentionShape,
     GuardedAttention,
     choose_attention,
     choose_block_size,
@@ -58,6 +59,7 @@ def block_step(lengths: list[int], tables: list[list[int]], runs: list[Run]) -> 
 # ---------------------------------------------------------------------- flex
 
 
+@pytest.mark.slow
 @stepwise
 @pytest.mark.parametrize("window", [0, 5, 18])
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
@@ -83,6 +85,47 @@ def test_flex_attention_sees_what_it_should(window: int, kind: str) -> None:
         attention.begin(step)
         found.append(attention.attend(numbers(18, 4, 8), keys, values, call))
     torch.testing.assert_close(found[0], found[1], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_flex_attention_is_compiled_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        programs.append(graph)
+        return graph
+
+    arguments: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **how: arguments.update(how) or function)
+    compile_flex()
+    monkeypatch.undo()
+    compute = torch.compile(flex_attention, backend=backend, **arguments)
+    flex, gathered = (
+        FlexAttention(compute, BLOCKS, BLOCK),
+        GatheredAttention(CPU, torch.float32),
+    )
+    keys, values = numbers(BLOCKS, BLOCK, 2, 8, seed=1), numbers(BLOCKS, BLOCK, 2, 8, seed=2)
+    query = numbers(140, 4, 8)
+    counts = []
+    with torch.inference_mode():
+        for shift in range(3):
+            for lengths, run_rows in (([9], 0), ([3, 9, 20], 0), ([3, 17, 40], 5), ([1, 140], 135)):
+                run_rows += shift * (run_rows > 0)
+                lengths = [length + shift for length in lengths]
+                count = len(lengths) - (run_rows > 0)
+                runs = [Run(count, count + run_rows, count, lengths[-1] - run_rows)]
+                table = [[(7 * i + j) % BLOCKS for j in range(BLOCKS)] for i in range(len(lengths))]
+                step = block_step(lengths, table, runs if run_rows else [])
+                for attention in (flex, gathered):
+                    attention.begin(step)
+                for window in (0, 4 + shift):
+                    call = LayerCall(scaling=0.3, window=window)
+                    rows = query[: count + run_rows]
+                    got = flex.attend(rows, keys, values, call)
+                    torch.testing.assert_close(got, gathered.attend(rows, keys, values, call))
+            counts.append(len(programs))
+    # Lengths, positions and windows are no reason to compile again.
+    assert counts[0] == counts[2] <= 6
 
 
 # ---------------------------------------------------------------------- flash
@@ -191,9 +234,9 @@ def test_blocks_are_as_large_as_attention_wants_them(monkeypatch: pytest.MonkeyP
     assert choose_block_size(TorchOptions(kv="paged", block_size=32), CUDA, half) == 32
 
 
-def choose(**options: Any) -> tuple[BlockAttention, list[str]]:
-    shapes = [LayerShape(2, 8, 8)] * 3
-    return choose_attention(TorchOptions(**options), shapes, 4, 10, 16, torch.float32, CPU)
+def choose(*, sinks: bool = False, **options: Any) -> tuple[BlockAttention, list[str]]:
+    shape = AttentionShape([LayerShape(2, 8, 8)] * 3, 4, has_sinks=sinks)
+    return choose_attention(TorchOptions(**options), shape, 10, 16, torch.float32, CPU)
 
 
 def test_attention_that_does_not_work_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +246,7 @@ def test_attention_that_does_not_work_is_not_taken(monkeypatch: pytest.MonkeyPat
     attention, warnings = choose(attention="flash")
     assert attention.name == "gathered"
     assert "flash does not work here (import of flash_attn halted" in warnings[0]
-    monkeypatch.setattr(
-        FlexAttention, "compiled", lambda *_: FlexAttention(lambda q, *_, **__: q * 0, 10, 16)
-    )
+    monkeypatch.setattr(choosing, "compile_flex", lambda: lambda query, *_, **__: query * 0)
     attention, warnings = choose(attention="flex")
     assert attention.name == "gathered"
     assert warnings == [
@@ -213,17 +254,20 @@ def test_attention_that_does_not_work_is_not_taken(monkeypatch: pytest.MonkeyPat
     ]
 
 
+@pytest.mark.slow
 @stepwise
 @pytest.mark.usefixtures("flash")
 def test_attention_that_works_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        FlexAttention,
-        "compiled",
-        lambda blocks, size: FlexAttention(flex_attention, blocks, size),
-    )
+    monkeypatch.setattr(choosing, "compile_flex", lambda: flex_attention)
     for name in ("flex", "flash"):
         attention, warnings = choose(attention=name)
         assert (attention.name, attention.is_static, warnings) == (name, True, [])
+    assert choose(attention="flex", sinks=True)[0].name == "flex"
+    attention, warnings = choose(attention="flash", sinks=True)
+    assert (attention.name, warnings) == (
+        "gathered",
+        ["Attention by flash does not work here (flash-attn knows no sinks)."],
+    )
 
 
 def test_attention_that_fails_later_is_left_with_one_warning(
@@ -304,6 +348,7 @@ def test_sizes_of_batches() -> None:
     assert batch_sizes(8) == [1, 2, 4, 8]
 
 
+@pytest.mark.slow
 @stepwise
 def test_recorded_steps_say_what_the_model_does(recorded: Any) -> None:
     runtime, graphs, made, truth = recorded
@@ -329,6 +374,7 @@ def test_recorded_steps_say_what_the_model_does(recorded: Any) -> None:
     assert memory.tables.references[memory.tables.scratch] == 0
 
 
+@pytest.mark.slow
 @stepwise
 @pytest.mark.parametrize("fault", ["raises", "ignores its buffers"])
 def test_recordings_that_do_not_work_are_not_used(
@@ -356,8 +402,7 @@ def test_recordings_that_do_not_work_are_not_used(
 
 def test_attention_that_gathers_is_never_recorded(recorded: Any) -> None:
     runtime = make_runtime(make_model("llama"), tables=BlockTables(LANES, CONTEXT, 400, BLOCK))
-    runtime.record()
-    assert runtime._graphs is None
+    assert runtime.record() == []
     memory: Any = runtime._memory
     graphs = DecodeGraphs(runtime._model, memory, CPU, Anew)
     graphs.prepare()
@@ -367,6 +412,7 @@ def test_attention_that_gathers_is_never_recorded(recorded: Any) -> None:
 # ---------------------------------------------------------------------- loading
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_with_paged_memory(load: Callable[..., Any], tiny_folder: Path) -> None:
     runtime = load(tiny_folder, lanes=3, context=100, kv="paged", kv_tokens=150, dtype="float32")
     info = runtime.info

@@ -345,6 +345,7 @@ class PagedMachine(RuleBasedStateMachine):
 
 
 TestPagedMachine = PagedMachine.TestCase
+TestPagedMachine.pytestmark = [pytest.mark.slow]
 TestPagedMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
@@ -389,6 +390,7 @@ def texts(capacity: int, **cache: Any) -> tuple[list[str], EngineHarness, BlockT
     return [one.text() for one in submitted], harness, tables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix_reuse", [True, False])
 def test_everybody_finishes_in_a_pool_that_is_too_small_for_all(prefix_reuse: bool) -> None:
     plenty, _, _ = texts(300, prefix_reuse=prefix_reuse)

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
     from stoker_backend_torch.attention import LayerCall
 
-__all__ = ["FlashAttention", "FlexAttention"]
+__all__ = ["FlashAttention", "FlexAttention", "compile_flex"]
 
 _QUERY_BLOCK = 128
+_NO_WINDOW = 1 << 30
+_MAX_PROGRAMS = 64
 
 
 class FlashAttention(BlockAttention):
@@ -133,11 +135,6 @@ class FlexAttention(BlockAttention):
         self._positions = torch.empty(0)
         self._masks: dict[tuple[int, int], BlockMask] = {}
 
-    @classmethod
-    def compiled(cls, num_blocks: int, block_size: int) -> FlexAttention:
-        """With kernels that torch makes when they are first needed."""
-        return cls(torch.compile(flex_attention, dynamic=True), num_blocks, block_size)
-
     def begin(self, step: BlockStep) -> None:
         """See ``BlockAttention.begin``."""
         self._step = step
@@ -170,7 +167,7 @@ class FlexAttention(BlockAttention):
             out[: step.num_decodes] = self._call(rows, key, value, -1, call).squeeze(2)
         for at, run in enumerate(step.runs):
             part = slice(run.start, run.stop)
-            rows = query[part].transpose(0, 1).unsqueeze(0)
+            rows = query[part].transpose(0, 1).unsqueeze(0).contiguous()
             out[part] = self._call(rows, key, value, at, call)[0].transpose(0, 1)
         return out
 
@@ -201,14 +198,15 @@ class FlexAttention(BlockAttention):
         step = self._open()
         count, size = step.num_decodes, self._block_size
         lengths, positions = step.device_lengths[:count], self._positions
+        reach = self._number(window or _NO_WINDOW)
 
         def is_seen(
             batch: torch.Tensor, _head: torch.Tensor, _row: torch.Tensor, slot: torch.Tensor
         ) -> torch.Tensor:
             place = positions[batch, slot // size]
             position = place * size + slot % size
-            seen = (place >= 0) & (position < lengths[batch])
-            return seen & (position >= lengths[batch] - window) if window else seen
+            length = lengths[batch]
+            return (place >= 0) & (position < length) & (position >= length - reach)
 
         num_blocks = (lengths + (size - 1)) // size
         return self._mask(
@@ -218,18 +216,19 @@ class FlexAttention(BlockAttention):
     def _run_mask(self, at: int, window: int) -> BlockMask:
         step, size = self._open(), self._block_size
         run, row = step.runs[at], step.num_decodes + at
-        positions, start, count = self._positions[row], run.position, run.stop - run.start
+        positions, count = self._positions[row], run.stop - run.start
+        start, reach = self._number(run.position), self._number(window or _NO_WINDOW)
 
         def is_seen(
             _batch: torch.Tensor, _head: torch.Tensor, own: torch.Tensor, slot: torch.Tensor
         ) -> torch.Tensor:
             place = positions[slot // size]
             position = place * size + slot % size
-            seen = (place >= 0) & (position <= own + start)
-            return seen & (position > own + start - window) if window else seen
+            end = own + start
+            return (place >= 0) & (position <= end) & (position > end - reach)
 
         # Each block of queries looks at the keys up to its own end.
-        ends = np.minimum(np.arange(0, count, _QUERY_BLOCK) + _QUERY_BLOCK, count) + start
+        ends = np.minimum(np.arange(0, count, _QUERY_BLOCK) + _QUERY_BLOCK, count) + run.position
         num_blocks = torch.from_numpy((-(-ends // size)).astype(np.int32)).to(positions.device)
         tables = step.device_tables[row].expand(1, 1, len(ends), -1)
         return self._mask(num_blocks.view(1, 1, -1), tables, count, is_seen)
@@ -254,10 +253,31 @@ class FlexAttention(BlockAttention):
             compute_q_blocks=False,  # only gradients need those
         )
 
+    def _number(self, value: int) -> torch.Tensor:
+        """A number as a tensor: as such it would be a constant for the compiler, and another program."""
+        return torch.tensor(value, dtype=torch.int32, device=self._positions.device)
+
     def _open(self) -> BlockStep:
         if self._step is None:
             raise RuntimeError("attention outside of a step")
         return self._step
+
+
+def compile_flex() -> Callable[..., Any]:
+    """``flex_attention`` with kernels that torch makes when they are first needed.
+
+    They are few: for one row or several, one sequence or several, one block of queries or several. More
+    than the limit would mean that something is compiled again and again, which is an error: left alone,
+    torch would quietly compute all scores with the whole pool instead.
+    """
+    compute: Callable[..., Any] = torch.compile(
+        flex_attention,
+        dynamic=True,
+        fullgraph=True,
+        isolate_recompiles=True,
+        recompile_limit=_MAX_PROGRAMS,
+    )
+    return compute
 
 
 def _softcap(limit: float) -> Callable[..., torch.Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,16 +13,18 @@ import torch
 
 from stoker_backend_torch.attention import LayerCall
 from stoker_backend_torch.block_attention import BlockAttention, BlockStep, GatheredAttention
-from stoker_backend_torch.block_kernels import FlashAttention, FlexAttention
+from stoker_backend_torch.block_kernels import (
+    FlashAttention,
+    FlexAttention,
+    compile_flex,
+)
 from stoker_backend_torch.ragged import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from stoker_backend_torch.kv import LayerShape
     from stoker_backend_torch.options import TorchOptions
 
-__all__ = ["GuardedAttention", "choose_attention", "choose_block_size", "is_same"]
+__all__ = ["AttentionShape", "GuardedAttention", "choose_attention", "choose_block_size", "is_same"]
 
 logger = logging.getLogger("stoker.torch")
 
@@ -40,10 +44,24 @@ def choose_block_size(options: TorchOptions, device: torch.device, dtype: torch.
     return {"flash": _FLASH_BLOCK, "flex": _FLEX_BLOCK}.get(kinds[0], _BLOCK)
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a model's attention is like.
+
+    Attributes:
+        layers: What each layer keeps.
+        num_heads: Heads of queries.
+        has_sinks: Whether it has attention sinks.
+    """
+
+    layers: Sequence[LayerShape]
+    num_heads: int
+    has_sinks: bool = False
+
+
 def choose_attention(
     options: TorchOptions,
-    shapes: Sequence[LayerShape],
-    num_heads: int,
+    shape: AttentionShape,
     num_blocks: int,
     block_size: int,
     dtype: torch.dtype,
@@ -53,8 +71,7 @@ def choose_attention(
 
     Args:
         options: The backend's options.
-        shapes: What each layer keeps.
-        num_heads: Heads of queries.
+        shape: What the model's attention is like.
         num_blocks: Blocks of the pool, with the scratch block.
         block_size: Tokens of a block.
         dtype: Type of keys and values.
@@ -66,19 +83,21 @@ def choose_attention(
     gathered = GatheredAttention(device, dtype)
     warnings: list[str] = []
     for kind in _kinds(options, device, dtype, block_size):
-        if kind == "gathered":
-            break
+        if kind == "gathered" or (
+            kind == "flash" and shape.has_sinks and options.attention == "auto"
+        ):
+            continue
         try:
-            trial = _make(kind, device, _TRIAL_BLOCKS, block_size)
-            for shape in dict.fromkeys(shapes):
-                _try(trial, gathered, shape, num_heads, block_size, dtype, device)
-            found = _make(kind, device, num_blocks, block_size)
+            make = _maker(kind, device, block_size)
+            trial = make(_TRIAL_BLOCKS)
+            for layer in dict.fromkeys(shape.layers):
+                _try(trial, gathered, shape, layer, block_size, dtype, device)
         except Exception as error:  # noqa: BLE001 - a kernel that does not work may raise anything
             first = str(error).strip().splitlines()
             reason = first[0] if first else type(error).__name__
             warnings.append(f"Attention by {kind} does not work here ({reason}).")
             continue
-        return GuardedAttention(found, gathered), warnings
+        return GuardedAttention(make(num_blocks), gathered), warnings
     return gathered, warnings
 
 
@@ -168,22 +187,27 @@ def _kinds(
     return ["flex", "gathered"]
 
 
-def _make(kind: str, device: torch.device, num_blocks: int, block_size: int) -> BlockAttention:
+def _maker(kind: str, device: torch.device, block_size: int) -> Callable[[int], BlockAttention]:
+    """Makes attention for a pool of so many blocks; what is compiled serves all of them."""
     if kind == "flash":
-        return FlashAttention(device)
-    return FlexAttention.compiled(num_blocks, block_size)
+        flash = FlashAttention(device)
+        return lambda _: flash
+    compute = compile_flex()
+    return lambda num_blocks: FlexAttention(compute, num_blocks, block_size)
 
 
 def _try(
     found: BlockAttention,
     other: BlockAttention,
-    shape: LayerShape,
-    num_heads: int,
+    shape: AttentionShape,
+    layer: LayerShape,
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Attend to random numbers in a few blocks with both, in a step of decodes and in a mixed one.
+    """Attend to random numbers in a few blocks with both, in all kinds of steps.
+
+    So a kernel that is compiled for each kind of step is there before a request needs it.
 
     Raises:
         ValueError: They say different things.
@@ -193,27 +217,36 @@ def _try(
     def numbers(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator).to(device, dtype)
 
+    most = 2 * block_size
     with torch.inference_mode():
-        keys = numbers(_TRIAL_BLOCKS, block_size, shape.kv_heads, shape.key_dim)
-        values = numbers(_TRIAL_BLOCKS, block_size, shape.kv_heads, shape.value_dim)
-        query = numbers(7, num_heads, shape.key_dim)
-        tables = np.array([[3, 0], [1, 3]], np.int32)
-        most = 2 * block_size
-        mixed = [Run(1, 7, 1, most - 7)]
-        for lengths, runs in (([most - 3, 2], []), ([most, most - 1], mixed)):
+        keys = numbers(_TRIAL_BLOCKS, block_size, layer.kv_heads, layer.key_dim)
+        values = numbers(_TRIAL_BLOCKS, block_size, layer.kv_heads, layer.value_dim)
+        queries = numbers(most + 2, shape.num_heads, layer.key_dim)
+        sinks = numbers(shape.num_heads) if shape.has_sinks else None
+        for decodes, num_rows in (
+            ([most - 3], 0),
+            ([most - 3, 2], 0),
+            ([most, 7, 1, block_size, 9], 0),
+            ([most], 7),
+            ([most, 5], most),
+        ):
+            count = len(decodes)
+            runs = [Run(count, count + num_rows, count, most - num_rows)] if num_rows else []
+            lengths = np.array([*decodes, *(most for _ in runs)], np.int64)
+            tables = np.array([[3, 0], [1, 3], [2, 1], [0, 2], [3, 2]], np.int32)[: len(lengths)]
             step = BlockStep(
-                num_decodes=2 - len(runs),
+                num_decodes=count,
                 runs=runs,
                 tables=tables,
-                lengths=np.array(lengths, np.int64),
+                lengths=lengths,
                 device_tables=torch.from_numpy(tables).to(device),
-                device_lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+                device_lengths=torch.from_numpy(lengths.astype(np.int32)).to(device),
             )
-            rows = query if runs else query[:2]
+            found.begin(step)
+            other.begin(step)
             for window in (0, 5):
-                call = LayerCall(scaling=shape.key_dim**-0.5, window=window)
-                found.begin(step)
-                other.begin(step)
+                call = LayerCall(layer.key_dim**-0.5, window, sinks=sinks)
+                rows = queries[: count + num_rows]
                 got = found.attend(rows, keys, values, call)
                 if not is_same(got, other.attend(rows, keys, values, call)):
                     raise ValueError("it gives other numbers than plain attention")

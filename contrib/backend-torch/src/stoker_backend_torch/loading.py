@@ -12,7 +12,7 @@ import torch
 
 import stoker
 from stoker_backend_torch.architectures import ModelCode, find_code
-from stoker_backend_torch.choosing import choose_block_size
+from stoker_backend_torch.choosing import AttentionShape, choose_block_size
 from stoker_backend_torch.devices import (
     choose_dtype,
     kv_bytes_per_token,
@@ -97,7 +97,12 @@ def load_runtime(
         # The weights are there already: what is free need not hold them once more.
         plan = _plan(request, loaded.config, 0, device, dtype, per_token)
     num_packed = pack_linear_layers(loaded.model) if device.type == "cpu" else 0
-    kv = make_memory(options, plan, shapes, int(loaded.config.num_attention_heads), dtype, device)
+    shape = AttentionShape(
+        layers=shapes,
+        num_heads=int(loaded.config.num_attention_heads),
+        has_sinks=any(name.endswith("sinks") for name, _ in loaded.model.named_parameters()),
+    )
+    kv = make_memory(options, plan, shape, dtype, device)
     how = {**extra_settings, **kv.settings, "linear_layers": "packed" if num_packed else "plain"}
     info = _describe(request, loaded, plan, how, [*warnings, *plan.warnings, *kv.warnings])
     embedder, embedding = make_embedder(loaded, checkpoint, options, plan.context_length)
@@ -110,8 +115,9 @@ def load_runtime(
         seconds = runtime.compile()
         settings_now = {**runtime.info.settings, "compiled": f"in {seconds:.0f} s"}
         runtime.info = msgspec.structs.replace(runtime.info, settings=settings_now)
-    if options.cuda_graphs and device.type == "cuda":
-        runtime.record()
+    if options.cuda_graphs and device.type == "cuda" and (sizes := runtime.record()):
+        settings_now = {**runtime.info.settings, "cuda_graphs": f"for 1 to {sizes[-1]} lanes"}
+        runtime.info = msgspec.structs.replace(runtime.info, settings=settings_now)
     return runtime
 
 

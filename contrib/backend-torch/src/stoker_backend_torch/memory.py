@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stoker_backend_torch.blocks import BlockTables
-from stoker_backend_torch.choosing import choose_attention
+from stoker_backend_torch.choosing import AttentionShape, choose_attention
 from stoker_backend_torch.kv import ContiguousKv
 from stoker_backend_torch.paged import PagedKv
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from stoker_backend_torch.attention import KvMemory
-    from stoker_backend_torch.kv import LayerShape
     from stoker_backend_torch.options import TorchOptions
     from stoker_backend_torch.planning import Plan
 
@@ -41,8 +40,7 @@ class MadeMemory:
 def make_memory(
     options: TorchOptions,
     plan: Plan,
-    shapes: Sequence[LayerShape],
-    num_heads: int,
+    shape: AttentionShape,
     dtype: torch.dtype,
     device: torch.device,
 ) -> MadeMemory:
@@ -51,21 +49,20 @@ def make_memory(
     Args:
         options: The backend's options.
         plan: How much, and of which kind.
-        shapes: What each layer keeps.
-        num_heads: Heads of queries.
+        shape: What the model's attention is like.
         dtype: Type of keys and values.
         device: Where they will be.
     """
     if not plan.block_size:
-        memory = ContiguousKv(shapes, plan.num_lanes, plan.context_length, dtype, device)
+        memory = ContiguousKv(shape.layers, plan.num_lanes, plan.context_length, dtype, device)
         return MadeMemory(memory, {"kv": "contiguous"})
     tables = BlockTables(
         plan.num_lanes, plan.context_length, plan.kv_capacity_tokens, plan.block_size
     )
     attention, warnings = choose_attention(
-        options, shapes, num_heads, tables.num_blocks + 1, plan.block_size, dtype, device
+        options, shape, tables.num_blocks + 1, plan.block_size, dtype, device
     )
-    paged = PagedKv(shapes, tables, attention, dtype, device)
+    paged = PagedKv(shape.layers, tables, attention, dtype, device)
     settings = {
         "kv": f"paged, {plan.block_size} tokens a block",
         "attention": attention.name,

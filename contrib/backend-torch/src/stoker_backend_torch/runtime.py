@@ -157,15 +157,15 @@ class TorchRuntime(Runtime):
 
         return compile_layers(self._model, self.info.name, warm_up)
 
-    def record(self) -> None:
-        """Record decode steps as CUDA graphs, where the memory's attention can be recorded."""
+    def record(self) -> list[int]:
+        """Record decode steps as CUDA graphs, if attention can be recorded; the batch sizes that worked."""
         memory = self._open()
         if not isinstance(memory, PagedKv) or not memory.attention.is_static:
-            return
+            return []
         graphs = DecodeGraphs(self._model, memory, self._device)
         graphs.prepare()
-        if graphs.sizes:
-            self._graphs = graphs
+        self._graphs = graphs if graphs.sizes else None
+        return graphs.sizes
 
     def truncate(self, lane: int, num_tokens: int) -> int:
         """Keep the first ``num_tokens`` tokens of a lane; returns how many there are then."""
