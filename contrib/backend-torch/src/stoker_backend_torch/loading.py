@@ -90,13 +90,20 @@ def load_runtime(
     plan = _plan(request, code.text_config, _weights_bytes(checkpoint, code, dtype), device, dtype)
     set_threads(settings.threads or usable_cores())
     loaded = load_model(checkpoint, code, options, device=device, dtype=dtype)
-    shapes, _ = look_at(loaded.model, str(checkpoint.path), _num_logits(loaded))
+    num_packed = 0
+
+    def pack() -> None:
+        nonlocal num_packed
+        if device.type == "cpu":
+            num_packed = pack_linear_layers(loaded.model, share=not options.compile)
+
+    name = str(checkpoint.path)
+    shapes, _ = look_at(loaded.model, name, _num_logits(loaded), prepare=pack)
     # Now it is known what a token takes; the configuration may have told it wrongly.
     per_token = sum(shape.width for shape in shapes) * dtype.itemsize
     if per_token != kv_bytes_per_token(loaded.config, dtype):
         # The weights are there already: what is free need not hold them once more.
         plan = _plan(request, loaded.config, 0, device, dtype, per_token)
-    num_packed = pack_linear_layers(loaded.model) if device.type == "cpu" else 0
     shape = AttentionShape(
         layers=shapes,
         num_heads=int(loaded.config.num_attention_heads),

@@ -8,7 +8,7 @@ attention and with ours; it is served only if both say the same.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from stoker_backend_torch.attention import (
     plain_attention,
 )
 from stoker_backend_torch.kv import LayerShape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["look_at"]
 
@@ -69,13 +72,16 @@ class _Recorder(LayerAttention):
         return out.permute(2, 0, 1, 3).reshape(count, query.shape[1], -1)
 
 
-def look_at(model: Any, name: str, vocab_size: int) -> tuple[list[LayerShape], list[int]]:
+def look_at(
+    model: Any, name: str, vocab_size: int, *, prepare: Callable[[], object] | None = None
+) -> tuple[list[LayerShape], list[int]]:
     """What a model's layers keep of a token; leaves the model with our attention.
 
     Args:
         model: A decoder with transformers' own attention.
         name: The model's name, for messages.
         vocab_size: Tokens to choose the test's from.
+        prepare: Changes the model between the two passes, which must not change what it says.
 
     Returns:
         For each layer what it keeps, and its sliding window (0 for none).
@@ -89,6 +95,8 @@ def look_at(model: Any, name: str, vocab_size: int) -> tuple[list[LayerShape], l
     with torch.inference_mode():
         expected = model(input_ids=tokens[None], use_cache=False).logits.float()
         try:
+            if prepare is not None:
+                prepare()
             model.set_attn_implementation(NAME)
             attach(model, recorder)
             positions = torch.arange(_NUM_TOKENS, device=device)[None]
