@@ -68,6 +68,12 @@ def test_importing_stoker_loads_next_to_nothing() -> None:
     assert not loaded & {"numpy", "litestar", "msgspec", "pluggy", "jinja2", "stoker.engine"}
 
 
+def test_the_testing_kit_loads_when_it_is_used() -> None:
+    loaded = loaded_after("import stoker.testing; stoker.testing.BackendUnderTest")
+    assert "stoker.testing.conformance.subjects" in loaded
+    assert not loaded & {"pytest", "hypothesis", "numpy", "litestar"}
+
+
 @pytest.mark.parametrize(
     "module", ["stoker_plugins", "stoker_backend_gguf", "stoker_policy_priority"]
 )
