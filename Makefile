@@ -18,6 +18,8 @@ PORT ?= 8000
 LLAMA_FLAGS := -fno-tree-dse -fno-dse
 export CMAKE_ARGS ?= -DCMAKE_C_FLAGS='$(LLAMA_FLAGS)' -DCMAKE_CXX_FLAGS='$(LLAMA_FLAGS)'
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Each of the many processes that tests start would compile the sources anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Prints a dependency group, one requirement a line.
 GROUP = $(BIN)/python -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]]))'

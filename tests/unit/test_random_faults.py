@@ -1,4 +1,4 @@
-"""Thousands of random lives of an engine: whatever goes wrong, nobody else pays for it, and nothing leaks.
+"""Random lives of an engine: whatever goes wrong, nobody else pays for it, and nothing leaks.
 
 Each life is drawn from one seed: a machine (lanes, KV memory, budgets), a policy, tenants, requests, readers,
 and faults of the runtime, the policy, an observer and the clients. After every step the engine's books are
@@ -581,7 +581,7 @@ def test_random_lives(block: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(1, 17))
+@pytest.mark.parametrize("block", range(1, 7))
 def test_many_random_lives(block: int) -> None:
     for seed in range(block * 200, (block + 1) * 200):
         Life(seed).live()
