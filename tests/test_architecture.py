@@ -68,8 +68,12 @@ def test_importing_stoker_loads_next_to_nothing() -> None:
     assert not loaded & {"numpy", "litestar", "msgspec", "pluggy", "jinja2", "stoker.engine"}
 
 
+CONTRIB = sorted(path.name for path in ROOT.glob("contrib/*/src/stoker_*") if path.is_dir())
+
+
 @pytest.mark.parametrize(
-    "module", ["stoker_plugins", "stoker_backend_gguf", "stoker_policy_priority"]
+    "module",
+    ["stoker_plugins", *(pytest.param(name, marks=pytest.mark.contrib) for name in CONTRIB)],
 )
 def test_entry_modules_are_light(module: str) -> None:
     loaded = loaded_after(f"import {module}")
@@ -77,6 +81,9 @@ def test_entry_modules_are_light(module: str) -> None:
         "numpy",
         "litestar",
         "llama_cpp",
+        "torch",
+        "transformers",
+        "ctransformers",
         "jinja2",
         "huggingface_hub",
         "prometheus_client",
