@@ -74,8 +74,12 @@ def test_the_testing_kit_loads_when_it_is_used() -> None:
     assert not loaded & {"pytest", "hypothesis", "numpy", "litestar"}
 
 
+CONTRIB = sorted(path.name for path in ROOT.glob("contrib/*/src/stoker_*") if path.is_dir())
+
+
 @pytest.mark.parametrize(
-    "module", ["stoker_plugins", "stoker_backend_gguf", "stoker_policy_priority"]
+    "module",
+    ["stoker_plugins", *(pytest.param(name, marks=pytest.mark.contrib) for name in CONTRIB)],
 )
 def test_entry_modules_are_light(module: str) -> None:
     loaded = loaded_after(f"import {module}")
@@ -83,6 +87,9 @@ def test_entry_modules_are_light(module: str) -> None:
         "numpy",
         "litestar",
         "llama_cpp",
+        "torch",
+        "transformers",
+        "ctransformers",
         "jinja2",
         "huggingface_hub",
         "prometheus_client",

@@ -104,7 +104,7 @@ def test_in_company_as_alone(
 
 
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     order=st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=5),
