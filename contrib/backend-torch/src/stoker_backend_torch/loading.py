@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from stoker_backend_torch.embedding_loading import load_embedding_runtime, make_
 from stoker_backend_torch.kv import ContiguousKv
 from stoker_backend_torch.openmp import set_threads
 from stoker_backend_torch.packing import pack_linear_layers
-from stoker_backend_torch.planning import Plan, make_plan
+from stoker_backend_torch.planning import Plan, hidden_window, make_plan
 from stoker_backend_torch.probe import look_at
 from stoker_backend_torch.runtime import TorchRuntime
 from stoker_backend_torch.sampler import can_sample_on
@@ -89,13 +89,28 @@ def load_runtime(
     plan = _plan(request, code.text_config, _weights_bytes(checkpoint, code, dtype), device, dtype)
     set_threads(settings.threads or usable_cores())
     loaded = load_model(checkpoint, code, options, device=device, dtype=dtype)
-    shapes, _ = look_at(loaded.model, str(checkpoint.path), _num_logits(loaded))
+    num_packed = 0
+    if device.type == "cpu":
+        num_packed = pack_linear_layers(
+            loaded.model, lambda: loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+        )
+    shapes, windows = look_at(loaded.model, str(checkpoint.path), _num_logits(loaded))
+    window = hidden_window(loaded.config, windows)
+    is_bound = window is not None and window < plan.context_length
+    if is_bound:
+        request = replace(
+            request, settings=msgspec.structs.replace(settings, context_length=window)
+        )
+        beyond = (
+            f"The context is {window} tokens instead of {plan.context_length}: beyond it the model hides "
+            "tokens by a sliding window that it does not tell attention of."
+        )
+        warnings = [*warnings, beyond]
     # Now it is known what a token takes; the configuration may have told it wrongly.
     per_token = sum(shape.width for shape in shapes) * dtype.itemsize
-    if per_token != kv_bytes_per_token(loaded.config, dtype):
+    if is_bound or per_token != kv_bytes_per_token(loaded.config, dtype):
         # The weights are there already: what is free need not hold them once more.
         plan = _plan(request, loaded.config, 0, device, dtype, per_token)
-    num_packed = pack_linear_layers(loaded.model) if device.type == "cpu" else 0
     memory = ContiguousKv(shapes, plan.num_lanes, plan.context_length, dtype, device)
     how = {**extra_settings, "linear_layers": "packed" if num_packed else "plain"}
     info = _describe(request, loaded, plan, how, [*warnings, *plan.warnings])
@@ -130,7 +145,7 @@ def _plan(
             kv_bytes_per_token=kv_bytes_per_token(config, dtype) if kv_bytes is None else kv_bytes,
             device=device,
         )
-    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise stoker.ModelError(
             f"{request.checkpoint.path} has a configuration that makes no sense: {error}"
         ) from error
