@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["PackedLinear", "pack_linear_layers"]
 
@@ -107,11 +110,15 @@ class _Shared(nn.Module):
         return out
 
 
-def pack_linear_layers(model: nn.Module, *, share: bool = True) -> int:
+def pack_linear_layers(
+    model: nn.Module, trial: Callable[[], Any] | None = None, *, share: bool = True
+) -> int:
     """Replace a model's linear layers by packed ones, where that works; a CPU's only.
 
     Args:
         model: The model, with its final weights.
+        trial: Computes with the model. If that fails now, since its code looks at the weights of a layer,
+            say, all of them stay as they were.
         share: Whether layers with the same input become one product; not for ``torch.compile``, which cannot
             tell whether two inputs are one.
 
@@ -120,28 +127,39 @@ def pack_linear_layers(model: nn.Module, *, share: bool = True) -> int:
     """
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return 0
-    count = 0
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
     with torch.inference_mode():
-        for parent in list(model.modules()):
-            if share:
-                shared = _share(parent)
-                if shared is None:
-                    return count
-                count += shared
-            for name, child in list(parent.named_children()):
-                if type(child) is not nn.Linear or not _is_suitable(child):
-                    continue
-                packed = _try_to_pack(child)
-                if packed is None:
-                    return count  # what fails once fails for all
-                setattr(parent, name, packed)
-                count += 1
-    return count
+        _replace(model, replaced, share=share)
+        if replaced and trial is not None:
+            try:
+                trial()
+            except Exception as error:  # noqa: BLE001 - models raise anything
+                logger.info("linear layers stay as they are: the model needs them (%s)", error)
+                for parent, name, child in replaced:
+                    setattr(parent, name, child)
+                return 0
+    return len(replaced)
 
 
-def _share(parent: nn.Module) -> int | None:
-    """Make one product of layers with the same input; ``None`` if packing does not work."""
-    count = 0
+def _replace(
+    model: nn.Module, replaced: list[tuple[nn.Module, str, nn.Module]], *, share: bool
+) -> None:
+    """Replace layers, and note which, by their parents and names."""
+    for parent in list(model.modules()):
+        if share and not _share(parent, replaced):
+            return
+        for name, child in list(parent.named_children()):
+            if type(child) is not nn.Linear or not _is_suitable(child):
+                continue
+            packed = _try_to_pack(child)
+            if packed is None:
+                return  # what fails once fails for all
+            setattr(parent, name, packed)
+            replaced.append((parent, name, child))
+
+
+def _share(parent: nn.Module, replaced: list[tuple[nn.Module, str, nn.Module]]) -> bool:
+    """Make one product of layers with the same input, and note them; false if packing does not work."""
     for names in _SAME_INPUT:
         linears: list[Any] = [
             child
@@ -154,20 +172,21 @@ def _share(parent: nn.Module) -> int | None:
             continue
         product = _try_to_pack(*linears)
         if product is None:
-            return None
+            return False
         last: list[torch.Tensor] = []
         start = 0
         for name, linear in zip(names, linears, strict=True):
             setattr(parent, name, _Shared(product, last, start, start + linear.out_features))
+            replaced.append((parent, name, linear))
             start += linear.out_features
-        count += len(names)
-    return count
+    return True
 
 
 def _is_suitable(linear: nn.Linear) -> bool:
     weight = linear.weight
     # Hooks and parametrizations of a layer would be lost with it.
-    is_plain = type(weight) is nn.Parameter and not linear._forward_hooks  # noqa: SLF001 - nothing else tells
+    hooks = (*linear._forward_hooks, *linear._forward_pre_hooks)  # noqa: SLF001 - nothing else tells
+    is_plain = type(weight) is nn.Parameter and not hooks
     return is_plain and weight.device.type == "cpu" and weight.dtype in _DTYPES
 
 
