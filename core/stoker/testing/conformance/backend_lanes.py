@@ -53,7 +53,8 @@ class BackendLanes(BackendSuite):
         logits, whatever the order of the lanes in the step.
         """
         lanes_needed(driver, 2)
-        order = list(range(driver.info.num_lanes))[::-1][:3]  # not the order of the memory
+        # Not the order of the memory, nor its reverse, which two texts in three lanes would not show.
+        order = [driver.info.num_lanes - 1, *range(driver.info.num_lanes - 1)][:3]
         mine = dict(zip(order, some(references, len(order)), strict=True))
         # Of one length, so that each prompt is computed in one piece and still beside the others.
         cuts = Cuts(driver.runtime)

@@ -282,11 +282,11 @@ class BackendMemory(BackendSuite):
                 f"{info.kv_capacity_tokens}",
                 _ROOM,
             )
-        _expect_no_room(driver, refused)
+        _expect_no_room(driver, Run(0, one.tokens[:1]), refused)
         driver.truncate(lane, 0)
         if lane > 1:
             driver.truncate(1, 0)
-        _go_on(backend, driver, 0, one, "after another lane found no room and was freed")
+        _go_on(backend, driver, 0, one, "after a step with another lane found no room")
 
 
 _LEAK = "A lane's KV, mask and length are its own; look at what truncate writes."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from stoker.types import SequenceView
 
 __all__ = ["CountedView", "num_reachable", "operations"]
 
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _reads = 0
 
 
@@ -57,7 +59,10 @@ def operations(action: Callable[[], Any]) -> int:
 
 
 def num_reachable(root: object) -> int:
-    """How many objects hang on an object, classes, functions and modules aside."""
+    """How many objects hang on an object, classes, functions and modules aside.
+
+    Entries of containers count each: a thousand keys may all have the same value.
+    """
     shared = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType)
     seen = {id(root): root}
     todo = [root]
@@ -66,4 +71,5 @@ def num_reachable(root: object) -> int:
             if id(found) not in seen and not isinstance(found, shared):
                 seen[id(found)] = found
                 todo.append(found)
-    return len(seen)
+    entries = [len(found) for found in seen.values() if isinstance(found, _CONTAINERS)]
+    return len(seen) + sum(entries)

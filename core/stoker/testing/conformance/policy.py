@@ -234,10 +234,11 @@ class PolicyConformance(DescriptorConformance):
         """
         starved = []
         for name, flood in _FLOODS.items():
-            if not _is_admitted(build(), flood, _PATIENT, policy.max_steps):
+            if not _is_admitted(Load(build(), step_s=0.1), flood, policy.max_steps):
                 starved.append(name)
-        small = Job(num_prompt=12, num_output=4)
-        if not _is_admitted(build(), small, _PATIENT, policy.max_steps, capacity=60):
+        # It needs nearly all of the memory, and some of the others always run.
+        large, engine = replace(_PATIENT, num_prompt=88), Load(build(), 8, 100, step_s=0.1)
+        if not _is_admitted(engine, Job(num_prompt=8), policy.max_steps, large):
             starved.append("small requests that fit where it does not")
         check(
             not starved,
@@ -394,11 +395,8 @@ def _copy(moment: Moment) -> Any:
     return msgspec.to_builtins(parts)
 
 
-def _is_admitted(
-    policy: SchedulingPolicy, flood: Job, patient: Job, max_steps: int, capacity: int | None = None
-) -> bool:
-    """Whether a request gets a lane while another kind keeps coming."""
-    engine = Load(policy, 2, capacity, step_s=0.1)
+def _is_admitted(engine: Load, flood: Job, max_steps: int, patient: Job = _PATIENT) -> bool:
+    """Whether a patient request gets a lane while others keep coming."""
     for _ in range(4):
         engine.submit(flood)
     request = engine.submit(patient)
@@ -406,7 +404,7 @@ def _is_admitted(
     for _ in range(max_steps):
         while len(waiting) < 5:
             # Of varying lengths, so that they do not all end at once.
-            extra = len(engine.requests) * 7 % 3
+            extra = len(engine.requests) * 7 % 5
             engine.submit(replace(flood, num_output=flood.num_output + extra))
         engine.harness.step()
         engine.steps.clear()

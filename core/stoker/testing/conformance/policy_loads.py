@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from stoker.config import SchedulerConfig, TenantConfig
@@ -26,12 +26,14 @@ __all__ = ["Job", "Load", "Moment", "jobs", "moments", "quietly"]
 
 TENANTS = ("tenant-ash", "tenant-birch", "tenant-cedar")
 
-# Reproducible and without deadlines: a suite that a stranger runs must not depend on luck or load.
+# Reproducible and without deadlines: a suite that a stranger runs must not depend on luck or load. Nothing
+# is shrunk: on an engine that takes minutes.
 quietly = settings(
     deadline=None,
     derandomize=True,
     database=None,
     max_examples=30,
+    phases=(Phase.generate,),
     suppress_health_check=list(HealthCheck),
 )
 
