@@ -106,10 +106,6 @@ class Broken(MiddlewareConformance):
 
 
 class TestNothingIsWrong(Broken):
-    fails: ClassVar = set()
-
-
-class TestNothingIsWrongWithAStream(Broken):
     Plugin = Wraps
     fails: ClassVar = set()
 
@@ -121,7 +117,7 @@ class TestNeverGivesBack(Broken):
                 await super().on_finish(request, records)
 
         async def on_request(self, request: Request) -> Request:
-            if len(self.held) >= 6:
+            if len(self.held) >= 4:
                 raise RateLimitError("too many at once", retry_after_s=1.0)
             return await super().on_request(request)
 
@@ -138,14 +134,6 @@ class TestRefusesByABug(Broken):
         def refuse(self, request: Request) -> None:
             if list(request.prompt_token_ids[1:]) == list(b"forbidden"):
                 raise ValueError("that word is forbidden")
-
-    fails: ClassVar = {"test_refusals_reach_the_client"}
-
-
-class TestRefusesNothing(Broken):
-    class Plugin(Honest):
-        def refuse(self, request: Request) -> None:
-            """It should."""
 
     fails: ClassVar = {"test_refusals_reach_the_client"}
 

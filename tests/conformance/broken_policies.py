@@ -159,7 +159,6 @@ class TestGivesAwayMoreThanThereIs(Broken):
     fails: ClassVar = {
         "test_answers_are_valid",
         "test_every_request_of_a_load_is_served",
-        "test_a_long_queue_is_served",
     }
 
 
@@ -171,19 +170,6 @@ class TestNamesStrangers(Broken):
     fails: ClassVar = {
         "test_answers_are_valid",
         "test_every_request_of_a_load_is_served",
-        "test_a_long_queue_is_served",
-    }
-
-
-class TestSaysNothing(Broken):
-    class Policy(InOrder):
-        def admits(self, candidate: SequenceView, context: PolicyContext) -> bool:
-            return None  # type: ignore[return-value]
-
-    fails: ClassVar = {
-        "test_answers_are_valid",
-        "test_every_request_of_a_load_is_served",
-        "test_a_long_queue_is_served",
     }
 
 

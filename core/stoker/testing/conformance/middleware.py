@@ -26,8 +26,8 @@ __all__ = ["MiddlewareConformance"]
 _PATH = "/v1/completions"
 _SHORT: Mapping[str, Any] = {"prompt": "one short request", "max_tokens": 6, "temperature": 0}
 # Long enough that a client can hang up in its midst: the model takes a few milliseconds for a token.
-_LONG: Mapping[str, Any] = {"prompt": "a long request", "max_tokens": 250, "temperature": 0}
-_MANY = 8
+_LONG: Mapping[str, Any] = {"prompt": "a long request", "max_tokens": 150, "temperature": 0}
+_MANY = 6
 
 Scenario = Callable[[AppHarness], Awaitable[None]]
 

@@ -24,6 +24,7 @@ from stoker.testing.conformance.policy_loads import (
     Job,
     Load,
     Moment,
+    crowds,
     jobs,
     moments,
     quietly,
@@ -176,7 +177,7 @@ class PolicyConformance(DescriptorConformance):
         ``prefill_shares`` from putting everything off.
         """
 
-        @settings(parent=quietly, max_examples=25)
+        @settings(parent=quietly, max_examples=20)
         @given(jobs, st.integers(1, 4), st.sampled_from([None, 110, 180]))
         def run(load: list[Job], lanes: int, capacity: int | None) -> None:
             engine = Load(build(), lanes, capacity)
@@ -207,8 +208,8 @@ class PolicyConformance(DescriptorConformance):
         To fix: see ``test_answers_are_deterministic``.
         """
 
-        @settings(parent=quietly, max_examples=10)
-        @given(jobs, st.integers(1, 4))
+        @settings(parent=quietly, max_examples=8)
+        @given(crowds, st.integers(1, 4))
         def run(load: list[Job], lanes: int) -> None:
             schedules = []
             for _ in range(2):
@@ -306,8 +307,8 @@ class PolicyConformance(DescriptorConformance):
         To fix: speak of "another tenant", or of numbers.
         """
 
-        @settings(parent=quietly, max_examples=15)
-        @given(jobs)
+        @settings(parent=quietly, max_examples=8)
+        @given(crowds)
         def run(load: list[Job]) -> None:
             engine = Load(build())
             engine.play(load)

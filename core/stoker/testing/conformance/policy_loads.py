@@ -22,7 +22,7 @@ from stoker.testing.scripted import ScriptedRuntime
 from stoker.testing.scripted_options import ScriptedOptions
 from stoker.types import ScheduledTokens, SequenceView, StepInput, StepRecord
 
-__all__ = ["Job", "Load", "Moment", "jobs", "moments", "quietly"]
+__all__ = ["Job", "Load", "Moment", "crowds", "jobs", "moments", "quietly"]
 
 TENANTS = ("tenant-ash", "tenant-birch", "tenant-cedar")
 
@@ -32,7 +32,7 @@ quietly = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=30,
+    max_examples=20,
     phases=(Phase.generate,),
     suppress_health_check=list(HealthCheck),
 )
@@ -131,19 +131,17 @@ class Job:
     steps: int = 0
 
 
-jobs = st.lists(
-    st.builds(
-        Job,
-        tenant=st.sampled_from(TENANTS),
-        priority=st.integers(-2, 2),
-        num_prompt=st.integers(1, 60),
-        num_output=st.integers(1, 20),
-        timeout_s=st.sampled_from([None, 5000.0, 9000.0]),
-        steps=st.sampled_from([0, 0, 0, 1, 2, 7]),
-    ),
-    min_size=1,
-    max_size=20,
+_job = st.builds(
+    Job,
+    tenant=st.sampled_from(TENANTS),
+    priority=st.integers(-2, 2),
+    num_prompt=st.integers(1, 60),
+    num_output=st.integers(1, 20),
+    timeout_s=st.sampled_from([None, 5000.0, 9000.0]),
+    steps=st.sampled_from([0, 0, 0, 1, 2, 7]),
 )
+jobs = st.lists(_job, min_size=1, max_size=20)
+crowds = st.lists(_job, min_size=10, max_size=20)
 
 
 @dataclass
