@@ -166,9 +166,9 @@ class Tokenizer(ABC):
 
 
 def _unable(runtime: Runtime, method: str, capability: str) -> str:
-    """The core asks for nothing that the capabilities deny, so these were wrong."""
-    name = type(runtime).__name__
-    return f"{name} has no {method}(): write one, or leave Capabilities.{capability} false"
+    """Whoever denies a capability is not called, so this one was claimed."""
+    lacks = f"{type(runtime).__name__} does not implement {method}()"
+    return f"{runtime.info.name} has no capability {capability}: {lacks}"
 
 
 class Runtime(ABC):
