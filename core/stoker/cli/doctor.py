@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stoker.cli.common import State, config_option, json_option, print_json, print_table
+from stoker.cli.common import (
+    State,
+    config_option,
+    json_option,
+    line_width,
+    print_json,
+    print_table,
+)
 from stoker.errors import ConfigError, PluginError, StokerError
 
 if TYPE_CHECKING:
@@ -21,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "problem": "PROBLEM"}
-_MAX_WIDTH = 100
 
 
 @click.command("doctor")
@@ -172,7 +177,7 @@ def _conformance(
     if as_json:
         print_json({"ok": good, "checks": results})
         return 0 if good else 1
-    for line in report_lines(results, _width(), tracebacks=state.debug):
+    for line in report_lines(results, line_width(), tracebacks=state.debug):
         click.echo(line)
     click.echo(
         f"{plugin}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped."
@@ -195,10 +200,3 @@ def _while_looking(targets: Sequence[Target], *, speed: bool, as_json: bool) -> 
             speed=speed,
             on_check=lambda target, check: status.update(escape(f"Checking {target}: {check}")),
         )
-
-
-def _width() -> int | None:
-    """Where to break lines; nowhere if nobody measures the width."""
-    if not sys.stdout.isatty():
-        return None
-    return min(shutil.get_terminal_size().columns, _MAX_WIDTH)
