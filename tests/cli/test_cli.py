@@ -184,7 +184,10 @@ def test_plugins_lists_the_bundled(cli: Cli) -> None:
     bundled = next(row for row in rows if row["distribution"] == "stoker")
     assert bundled["status"] == "active"
     assert "fcfs" in bundled["provides"]["policy"]
-    assert "fcfs" in cli("plugins").stdout
+    shown = cli("plugins").stdout
+    assert re.search(r"^builtin +active +stoker \S+, import [\d.]+ ms$", shown, re.MULTILINE)
+    assert re.search(r"^    policy +fcfs, ", shown, re.MULTILINE)
+    assert not re.search(r" $", shown, re.MULTILINE)
 
 
 def test_pull_prints_path_and_size(cli: Cli) -> None:

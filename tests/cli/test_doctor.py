@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import stoker
-from stoker.cli.doctor import _print_results
 from stoker.config import Config
 from stoker.discovery import Plugins
 from stoker.doctor import conformance
 from stoker.doctor.conformance import CheckResult, Target, find_targets
+from stoker.doctor.report import report_lines
 from stoker.testing import ScriptedBackend, ScriptedSource
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -147,34 +148,54 @@ def test_what_is_wrong_is_told_with_what_to_do(doctor: Doctor) -> None:
     loaded = outcomes["backend acme", "info is consistent"]
     assert loaded["outcome"] == "failed"
     assert "not today" in loaded["message"]
-    assert "To fix:" in loaded["advice"]
+    assert "Error: " in loaded["message"] + loaded["traceback"]
+    tried = [check for check in answer["checks"] if check["traceback"]]
+    assert len(tried) == 1  # the others were not loaded again
+    shown = doctor("acme", "--model", "acme").stdout
+    assert "Traceback" not in shown
+    assert shown.count("not today") < 4
 
 
-def test_the_table_has_the_advice(capsys: pytest.CaptureFixture[str]) -> None:
-    parts = {
-        "target": "policy unruly",
-        "message": "One is missing.",
-        "advice": "It drops.\n\n  To fix: x.",
-    }
-    _print_results(
-        [
-            CheckResult(**parts, check="keeps all", outcome="failed"),
-            CheckResult(**parts, check="is quick", outcome="skipped"),
-            CheckResult(**parts, check="is light", outcome="passed"),
-        ]
+def result(check: str, outcome: str, message: str = "", **more: str) -> CheckResult:
+    return msgspec.convert(
+        {"target": "policy unruly", "check": check, "outcome": outcome, "message": message, **more},
+        CheckResult,
     )
-    lines = [
-        " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip()
+
+
+def test_results_are_told_with_their_advice() -> None:
+    document = "It drops.\n\n        To fix: keep\n        all.\n    "
+    results = [
+        result("keeps all", "failed", "One is missing.", advice=document),
+        result("keeps some", "failed", "Two are missing.\nLook again.", advice=document),
+        result("raises", "failed", "Oh: no (x.py:1)\na note", advice=document, traceback="x.py"),
+        result("is quick [one]", "skipped", "No."),
+        result("is quick [two]", "skipped", "No."),
+        result("is early [one]", "skipped", "No."),
+        result("is light", "passed"),
     ]
-    assert lines[2:] == [
-        "FAILED policy unruly keeps all",
-        "One is missing.",
-        "It drops.",
-        "To fix: x.",
-        "skipped policy unruly is quick",
-        "One is missing.",
-        "ok policy unruly is light",
+    assert list(report_lines(results)) == [
+        "policy unruly",
+        "  FAILED   keeps all",
+        "           One is missing.",
+        "           It drops.",
+        "           To fix: keep all.",
+        "  FAILED   keeps some",
+        "           Two are missing.",
+        "           Look again.",
+        "  FAILED   raises",
+        "           Oh: no (x.py:1)",
+        "           a note",
+        "           It drops.",
+        "           To fix: keep all.",
+        "  skipped  is quick (2 cases)",
+        "           No.",
+        "           (and so: is early [one])",
+        "  ok       is light",
+        "",
     ]
+    assert "           x.py" in report_lines(results, tracebacks=True)
+    assert max(map(len, report_lines(results, 30))) <= 30
 
 
 def test_names_that_lead_nowhere(doctor: Doctor) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,13 +27,16 @@ __all__ = [
     "config_option",
     "debug_option",
     "json_option",
+    "line_width",
     "print_json",
     "print_table",
+    "print_wrapped",
     "report",
     "size",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+_MAX_WIDTH = 100
 
 
 @dataclass
@@ -131,7 +136,14 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; wide enough for whole words where nobody measures the width."""
+    """A table on standard output; where nobody measures the width, a line for each row, however long."""
+    if not sys.stdout.isatty():
+        lines = [columns, *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for row in lines:
+            cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+            click.echo("   ".join(cells).rstrip())
+        return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -140,10 +152,30 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*(Text(cell, overflow="fold") for cell in row))
-    console = Console()
+    Console().print(table)
+
+
+def line_width() -> int | None:
+    """Where to break lines of text; ``None``, nowhere, where nobody measures the width."""
     if not sys.stdout.isatty():
-        console = Console(width=10_000)
-    console.print(table)
+        return None
+    return min(shutil.get_terminal_size().columns, _MAX_WIDTH)
+
+
+def print_wrapped(text: str, start: str) -> None:
+    """Text on standard output, which stays to the right of ``start``."""
+    width = line_width()
+    if width is None:
+        click.echo(start + text)
+        return
+    lines = textwrap.wrap(
+        text,
+        max(width - len(start), 1),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    for number, line in enumerate(lines):
+        click.echo((" " * len(start) if number else start) + line)
 
 
 def size(num_bytes: int) -> str:

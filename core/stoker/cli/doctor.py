@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from stoker.cli.common import State, config_option, json_option, print_json, print_table
+from stoker.cli.common import (
+    State,
+    config_option,
+    json_option,
+    line_width,
+    print_json,
+    print_table,
+)
 from stoker.errors import ConfigError, PluginError, StokerError
 
 if TYPE_CHECKING:
     from stoker.config import Config
-    from stoker.doctor.conformance import CheckResult
+    from stoker.doctor.conformance import CheckResult, Target
     from stoker.interfaces import Finding
 
 __all__ = ["command"]
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "problem": "PROBLEM"}
-_RESULTS = {"passed": "ok", "skipped": "skipped", "failed": "FAILED"}
 
 
 @click.command("doctor")
@@ -122,8 +129,6 @@ def _running(config: Config) -> list[str] | None:
 
 def _say_so(findings: Iterable[Finding], *, as_json: bool) -> list[Finding]:
     """All findings; meanwhile a line that it takes a moment, where somebody looks."""
-    import sys
-
     if as_json or not sys.stderr.isatty():
         return list(findings)
     from rich.console import Console
@@ -162,25 +167,36 @@ def _conformance(
     as_json: bool,
 ) -> int:
     from stoker.doctor import conformance
+    from stoker.doctor.report import report_lines
 
     config, _ = state.config(config_path)
     targets = conformance.find_targets(plugin, state.plugins, config, model)
-    results = conformance.run_suites(targets, speed=speed)
+    results = _while_looking(targets, speed=speed, as_json=as_json)
     counts = Counter(result.outcome for result in results)
     good = bool(counts["passed"]) and not counts["failed"]
     if as_json:
         print_json({"ok": good, "checks": results})
         return 0 if good else 1
-    _print_results(results)
+    for line in report_lines(results, line_width(), tracebacks=state.debug):
+        click.echo(line)
     click.echo(
         f"{plugin}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped."
     )
     return 0 if good else 1
 
 
-def _print_results(results: Sequence[CheckResult]) -> None:
-    rows = []
-    for result in results:
-        rows.append([_RESULTS[result.outcome], result.target, result.check])
-        rows += [["", "", f"   {line}"] for line in result.details()]
-    print_table(["", "what", "check"], rows)
+def _while_looking(targets: Sequence[Target], *, speed: bool, as_json: bool) -> list[CheckResult]:
+    """The results; meanwhile which check runs, where somebody looks."""
+    from stoker.doctor.conformance import run_suites
+
+    if as_json or not sys.stderr.isatty():
+        return run_suites(targets, speed=speed)
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status("Checking ...") as status:
+        return run_suites(
+            targets,
+            speed=speed,
+            on_check=lambda target, check: status.update(escape(f"Checking {target}: {check}")),
+        )

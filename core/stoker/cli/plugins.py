@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stoker.cli.common import State, config_option, json_option, print_json, print_table
+from stoker.cli.common import State, config_option, json_option, print_json, print_wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,20 +35,12 @@ def command(ctx: click.Context, config_path: str | None, as_json: bool, check: b
 
 
 def _print(rows: Sequence[PluginListing]) -> None:
-    print_table(
-        ["plugin", "distribution", "api", "status", "offers", "import"],
-        [
-            [
-                row.name,
-                f"{row.distribution} {row.version}".strip(),
-                str(row.api_version or "-"),
-                row.status,
-                "; ".join(f"{kind}: {', '.join(names)}" for kind, names in row.provides.items()),
-                f"{row.import_ms:.1f} ms",
-            ]
-            for row in rows
-        ],
-    )
+    wide = max((len(row.name) for row in rows), default=0)
     for row in rows:
+        source = f"{row.distribution} {row.version}".strip()
+        took = f", import {row.import_ms:.1f} ms" if row.import_ms else ""
+        click.echo(f"{row.name:<{wide}}  {row.status:<9}  {source}{took}")
+        for kind, names in row.provides.items():
+            print_wrapped(", ".join(names), f"    {kind:<14}")
         if row.reason is not None:
-            click.echo(f"{row.status}: {row.reason}")
+            print_wrapped(row.reason, "    ")

@@ -8,12 +8,14 @@ a failed check.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +37,7 @@ KINDS = ("backend", "policy", "middleware", "observer")
 """What there are suites for."""
 
 _LIMIT_S = 1800.0
+_LOOK_S = 0.2
 _TIMED_OUT = -1000  # no signal has this number
 _NEEDS_MODEL = "it needs a model to be tried with: --model REF"
 _NEEDED = ("pytest", "hypothesis")
@@ -88,9 +91,10 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
         target: What was checked: ``policy fair``.
         check: Which check.
         outcome: ``passed``, ``failed`` or ``skipped``.
-        message: What was wrong, or why it was skipped.
-        advice: What the check says about how to mend it.
+        message: What was wrong, or why it was skipped; of an exception the text, and where it was raised.
+        advice: What the check says about how to mend it; nothing if it could not begin.
         seconds: How long it took.
+        traceback: Where an exception came from.
     """
 
     target: str
@@ -99,13 +103,20 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
     advice: str = ""
     seconds: float = 0.0
+    traceback: str = ""
 
     def details(self) -> list[str]:
-        """What to print below it."""
+        """What to print below it, a paragraph each: what is wrong, and what to do about it.
+
+        Most failures bring an advice of their own, after the first line of the message.
+        """
         if self.outcome == "passed":
             return []
-        advice = self.advice if self.outcome == "failed" else ""
-        return [line.strip() for line in f"{self.message}\n{advice}".splitlines() if line.strip()]
+        lines = [line.strip() for line in self.message.splitlines() if line.strip()]
+        if self.outcome == "failed" and (self.traceback or len(lines) < 2):
+            paragraphs = inspect.cleandoc(self.advice).split("\n\n")
+            lines += [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
+        return lines
 
 
 class _Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,12 +207,18 @@ def _backend(name: str, plugins: Plugins, config: Config, model: str | None) -> 
 # --------------------------------------------------------------------------- running
 
 
-def run_suites(targets: Sequence[Target], *, speed: bool = False) -> list[CheckResult]:
+def run_suites(
+    targets: Sequence[Target],
+    *,
+    speed: bool = False,
+    on_check: Callable[[str, str], None] | None = None,
+) -> list[CheckResult]:
     """Run the suites in a child process.
 
     Args:
         targets: What to run them over.
         speed: Whether to run their measurements, too.
+        on_check: Told now and then what is being checked: the target and the check.
 
     Raises:
         StokerError: pytest or hypothesis is missing, or the child did nothing useful.
@@ -224,11 +241,13 @@ def run_suites(targets: Sequence[Target], *, speed: bool = False) -> list[CheckR
         (folder / "pytest.ini").write_text("[pytest]\n")
         (folder / "test_conformance.py").write_text(_STARTER)
         (folder / "targets.json").write_bytes(msgspec.json.encode(targets, enc_hook=str))
-        code, output = _run_child(folder, ["--stoker-speed"] if speed else [])
+        code, output = _run_child(folder, ["--stoker-speed"] if speed else [], on_check)
         return results + _read_report(folder / "report.jsonl", code, output)
 
 
-def _run_child(folder: Path, more: Sequence[str]) -> tuple[int, str]:
+def _run_child(
+    folder: Path, more: Sequence[str], on_check: Callable[[str, str], None] | None
+) -> tuple[int, str]:
     """Its exit code, and what it printed."""
     environ = {
         **os.environ,
@@ -239,26 +258,52 @@ def _run_child(folder: Path, more: Sequence[str]) -> tuple[int, str]:
     environ.pop("PYTEST_ADDOPTS", None)
     if path := environ.get("PYTHONPATH"):  # its folders may be relative to ours
         environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
-    try:
-        done = subprocess.run(  # noqa: S603 - our own interpreter and pytest
+    printed = folder / "printed"
+    with (
+        printed.open("wb") as output,
+        subprocess.Popen(  # noqa: S603 - our own interpreter and pytest
             [*_COMMAND, *more],
             cwd=folder,
             env=environ,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=_LIMIT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        return _TIMED_OUT, (error.output or b"").decode("utf-8", "replace")
-    return done.returncode, done.stdout.decode("utf-8", "replace")
+        ) as child,
+    ):
+        try:
+            code = _wait(child, folder / "report.jsonl", on_check)
+        except BaseException:
+            child.kill()
+            raise
+    return code, printed.read_bytes().decode("utf-8", "replace")
+
+
+def _wait(
+    child: subprocess.Popen[bytes], report: Path, on_check: Callable[[str, str], None] | None
+) -> int:
+    """Its exit code; ``_TIMED_OUT`` if it had to be stopped."""
+    end_s = time.monotonic() + _LIMIT_S
+    while time.monotonic() < end_s:
+        try:
+            return child.wait(_LOOK_S)
+        except subprocess.TimeoutExpired:
+            events = _events(report) if on_check is not None else []
+        begun = [event for event in events if event.begins]
+        if on_check is not None and begun:
+            on_check(begun[-1].target, begun[-1].begins)
+    child.kill()
+    return _TIMED_OUT
+
+
+def _events(report: Path) -> list[_Event]:
+    """What the child has reported so far; a line that is being written is none yet."""
+    lines = report.read_bytes().splitlines(keepends=True) if report.exists() else []
+    return [msgspec.json.decode(line, type=_Event) for line in lines if line.endswith(b"\n")]
 
 
 def _read_report(path: Path, code: int, output: str) -> list[CheckResult]:
     """The results, and whatever ended the child before its time."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    events = [msgspec.json.decode(line, type=_Event) for line in lines]
+    events = _events(path)
     results = [event.result for event in events if event.result is not None]
     if code not in (0, 1):  # 1: some failed
         names = {number.value: number.name for number in signal.Signals}

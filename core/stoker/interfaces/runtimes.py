@@ -165,6 +165,12 @@ class Tokenizer(ABC):
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
 
+def _unable(runtime: Runtime, method: str, capability: str) -> str:
+    """Whoever denies a capability is not called, so this one was claimed."""
+    lacks = f"{type(runtime).__name__} does not implement {method}()"
+    return f"{runtime.info.name} has no capability {capability}: {lacks}"
+
+
 class Runtime(ABC):
     """A loaded model that computes: lanes (one KV sequence each) and tokens, nothing else.
 
@@ -196,15 +202,15 @@ class Runtime(ABC):
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Make the first ``num_tokens`` tokens of ``source``'s KV the whole of ``target``'s."""
-        raise TypeError(f"{self.info.name} has no capability copy_prefix")
+        raise TypeError(_unable(self, "copy_prefix", "copy_prefix"))
 
     def snapshot(self, lane: int) -> bytes:
         """A lane's KV, to be kept in host memory."""
-        raise TypeError(f"{self.info.name} has no capability snapshot")
+        raise TypeError(_unable(self, "snapshot", "snapshot"))
 
     def restore(self, lane: int, snapshot: bytes) -> int:
         """Put a snapshot's KV into a lane; returns its number of tokens."""
-        raise TypeError(f"{self.info.name} has no capability snapshot")
+        raise TypeError(_unable(self, "restore", "snapshot"))
 
     def sample(self, batch: SampleInput) -> NDArray[Any]:
         """Draw tokens from the logits of the latest ``step``, where they lie.
@@ -219,7 +225,7 @@ class Runtime(ABC):
         Returns:
             ``int64[N]``: a token for each row; -1 for a row without a finite maximum.
         """
-        raise TypeError(f"{self.info.name} has no capability samples")
+        raise TypeError(_unable(self, "sample", "samples"))
 
     def embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[Any]:
         """One vector for each token sequence, pooled as ``RuntimeInfo.embedding`` says.
@@ -232,7 +238,7 @@ class Runtime(ABC):
         Returns:
             ``float32[len(inputs), width]``.
         """
-        raise TypeError(f"{self.info.name} has no capability embed")
+        raise TypeError(_unable(self, "embed", "embed"))
 
     def embed_in_pieces(
         self, inputs: Sequence[Sequence[int]], max_tokens: int

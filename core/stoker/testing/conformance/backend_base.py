@@ -17,6 +17,7 @@ from stoker.testing.conformance.subjects import BackendUnderTest
 __all__ = ["BackendSuite", "load", "settings_of"]
 
 _RUNTIME = pytest.StashKey[Runtime]()
+_REFUSAL = pytest.StashKey[str]()
 _REFERENCES = pytest.StashKey[list[Reference]]()
 _MAX_PROMPT = 40
 
@@ -50,7 +51,15 @@ class BackendSuite(DescriptorConformance):
         owner = request.node.getparent(pytest.Class)
         runtime: Runtime | None = owner.stash.get(_RUNTIME, None)
         if runtime is None:
-            runtime = owner.stash[_RUNTIME] = load(backend)
+            if refusal := owner.stash.get(
+                _REFUSAL, ""
+            ):  # large models are not tried again and again
+                fail("the model was not loaded", refusal)
+            try:
+                runtime = owner.stash[_RUNTIME] = load(backend)
+            except (Exception, pytest.fail.Exception) as error:
+                owner.stash[_REFUSAL] = f"{type(error).__name__}: {error}"
+                raise
             owner.addfinalizer(runtime.close)
         return runtime
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 
 from stoker.testing.conformance.backend_base import BackendSuite, lanes_needed, some
-from stoker.testing.conformance.base import check
+from stoker.testing.conformance.base import check, fail
 from stoker.testing.conformance.driving import (
     Cuts,
     LaneDriver,
@@ -17,11 +19,18 @@ from stoker.testing.conformance.driving import (
 )
 from stoker.testing.conformance.subjects import BackendUnderTest
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 __all__ = ["BackendLanes"]
 
 _MIX = (
     "Each token may attend to its own lane's KV only, at its own position: look at how lanes and positions "
     "become masks, and at which rows of the output are whose."
+)
+_ORDER = (
+    "Row i of the output belongs to the i-th row that wants logits. The lanes of a step come in any order: "
+    "gather by the order of the rows, not of the lanes."
 )
 
 
@@ -66,6 +75,7 @@ class BackendLanes(BackendSuite):
                 rows = dict(zip(order, driver.step(*runs), strict=True))
             for lane, one in mine.items():
                 beside = f"lane {lane} beside {len(order) - 1} others, token {at}"
+                _check_owner(rows[lane], lane, at, mine, backend.tolerance, beside)
                 check_same(rows[lane], one.rows[at], backend.tolerance, beside, _MIX)
 
     def test_chunked_is_as_whole(
@@ -248,6 +258,22 @@ class BackendLanes(BackendSuite):
 
 
 _GATHER = "Gather the rows of wants_logits, in order. A row sees its lane up to its own position, no further."
+
+
+def _check_owner(
+    row: NDArray[np.float32],
+    lane: int,
+    at: int,
+    mine: dict[int, Reference],
+    tolerance: float,
+    problem: str,
+) -> None:
+    """Fail if a row is that of another lane of the step."""
+    if distance(row, mine[lane].rows[at]) <= tolerance:
+        return
+    for other, one in mine.items():
+        if one is not mine[lane] and distance(row, one.rows[at]) <= tolerance / 4:
+            fail(f"{problem}: its row has the logits of lane {other}", _ORDER)
 
 
 def _one_piece(prompt: list[int], cuts: Cuts) -> list[int]:

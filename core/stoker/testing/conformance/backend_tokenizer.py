@@ -33,7 +33,7 @@ class BackendTokenizer(BackendSuite):
             check(
                 found == text or found == f" {text}",
                 f"{text!r} became {len(tokens)} tokens and then {found!r}",
-                "Look at token_bytes(), or leave out of hard_texts what the vocabulary cannot write.",
+                "Look at encode() and token_bytes(), or leave out of hard_texts what cannot be written.",
             )
 
     def test_token_ids_are_in_range(self, backend: BackendUnderTest, runtime: Runtime) -> None:

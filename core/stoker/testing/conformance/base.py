@@ -18,7 +18,9 @@ _GUARD = "test_no_test_is_overridden"
 
 def fail(problem: str, advice: str = "") -> NoReturn:
     """Fail the test; ``advice`` says what to do about the problem."""
-    pytest.fail(f"{problem}\n{advice}" if advice else problem, pytrace=False)
+    text = f"{problem}\n{advice}" if advice else problem
+    # The exception that a test has caught is in the text if it matters.
+    raise pytest.fail.Exception(text, pytrace=False) from None
 
 
 def check(condition: object, problem: str, advice: str = "") -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from stoker.engine.exactness import ExactBlocks
 from stoker.interfaces import Runtime
 from stoker.testing.conformance.base import check, fail
-from stoker.types import StepInput, StepOutput
+from stoker.types import DeviceStepOutput, StepInput, StepOutput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,12 +77,31 @@ class LaneDriver:
     def try_step(self, *runs: Run) -> StepOutput:
         """Compute a step; its logits are copied. Without room the lanes count as they were."""
         step = self.build(*runs)
-        output = self.runtime.step(step)
+        try:
+            output = self.runtime.step(step)
+        except Exception as error:
+            error.add_note(
+                f"step() raised, for {len(step.lanes)} tokens of the lanes {[run.lane for run in runs]}. By "
+                f"what steps and truncate() answered before, the lanes hold {self.lengths} tokens."
+            )
+            raise
+        check(
+            isinstance(output, StepOutput | DeviceStepOutput),
+            f"step() returned a {type(output).__name__}",
+            "Return a stoker.StepOutput: StepOutput(logits), or StepOutput(empty, no_room=True).",
+        )
         if output.no_room:
             return output
+        logits = np.array(output.logits)
+        wanted = (int(step.wants_logits.sum()), self.info.vocab_size)
+        check(
+            logits.shape == wanted,
+            f"{wanted[0]} rows wanted logits, and step() gave an array of shape {list(logits.shape)}",
+            f"Return float32[{wanted[0]}, vocab_size={wanted[1]}]: a row for each True in wants_logits.",
+        )
         for run in runs:
             self.lengths[run.lane] += len(run.tokens)
-        return StepOutput(np.array(output.logits))
+        return StepOutput(logits)
 
     def step(self, *runs: Run) -> NDArray[np.float32]:
         """Compute a step that must find room; its logits, ``float32[R, vocab]``."""
@@ -237,11 +256,7 @@ def check_same(
 
     Where the best token leads by more than rounding explains, it must be the best one in both.
     """
-    check(
-        got.shape == want.shape and bool(np.isfinite(got).all()),
-        f"{problem}: the logits are not finite, or of another shape ({got.shape}, not {want.shape})",
-        advice,
-    )
+    check(bool(np.isfinite(got).all()), f"{problem}: the logits are not finite", advice)
     apart = distance(got, want)
     check(
         apart <= tolerance,
