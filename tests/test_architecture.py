@@ -75,7 +75,7 @@ def test_the_testing_kit_loads_when_it_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["stoker_plugins", "stoker_backend_gguf", "stoker_policy_priority"]
+    "module", ["stoker_plugins", "stoker_backend_gguf", "stoker_policy_priority", "stoker.machine"]
 )
 def test_entry_modules_are_light(module: str) -> None:
     loaded = loaded_after(f"import {module}")
@@ -87,6 +87,7 @@ def test_entry_modules_are_light(module: str) -> None:
         "huggingface_hub",
         "prometheus_client",
         "httpx",
+        "psutil",
     }
     assert not loaded & heavy
 

@@ -28,7 +28,6 @@ __all__ = [
     "print_json",
     "print_table",
     "report",
-    "size",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -144,16 +143,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not sys.stdout.isatty():
         console = Console(width=10_000)
     console.print(table)
-
-
-def size(num_bytes: int) -> str:
-    """A size for people: ``98.4 MB``."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def base_url(config: Config) -> str:
