@@ -79,7 +79,11 @@ CONTRIB = sorted(path.name for path in ROOT.glob("contrib/*/src/stoker_*") if pa
 
 @pytest.mark.parametrize(
     "module",
-    ["stoker_plugins", *(pytest.param(name, marks=pytest.mark.contrib) for name in CONTRIB)],
+    [
+        "stoker_plugins",
+        "stoker.machine",
+        *(pytest.param(name, marks=pytest.mark.contrib) for name in CONTRIB),
+    ],
 )
 def test_entry_modules_are_light(module: str) -> None:
     loaded = loaded_after(f"import {module}")
@@ -94,6 +98,7 @@ def test_entry_modules_are_light(module: str) -> None:
         "huggingface_hub",
         "prometheus_client",
         "httpx",
+        "psutil",
     }
     assert not loaded & heavy
 

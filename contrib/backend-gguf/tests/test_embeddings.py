@@ -12,8 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stoker import EmbeddingInfo, EngineError, OutOfMemoryError
-from stoker_backend_gguf import machine
+from stoker import EmbeddingInfo, EngineError, OutOfMemoryError, machine
 from stoker_backend_gguf.embedder import plan_embedding
 from stoker_backend_gguf.options import GgufOptions
 from stoker_backend_gguf.runtime import GgufRuntime

@@ -68,18 +68,26 @@ class BlockAttention(ABC):
 
     name: str
     is_static = False
+    _current_step: BlockStep | None = None
 
-    @abstractmethod
+    @property
+    def step(self) -> BlockStep:
+        """The step that has begun.
+
+        Raises:
+            RuntimeError: None has.
+        """
+        if self._current_step is None:
+            raise RuntimeError("attention outside of a step")
+        return self._current_step
+
     def begin(self, step: BlockStep) -> None:
-        """Prepare for a step."""
+        """Prepare for a step; what overrides this calls it."""
+        self._current_step = step
 
     @abstractmethod
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        call: LayerCall,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
         """Attend in one layer; the step's own keys and values are in the blocks already.
 
@@ -107,7 +115,6 @@ class GatheredAttention(BlockAttention):
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         self._dtype = dtype
-        self._step: BlockStep | None = None
         self._groups: list[NDArray[np.int64]] = []
         self._parts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
 
@@ -119,21 +126,15 @@ class GatheredAttention(BlockAttention):
         """
         if len(step.lengths) != step.num_decodes + len(step.runs):
             raise RuntimeError("blocks cannot be gathered without their tables on the host")
-        self._step = step
+        super().begin(step)
         self._groups = group_by_length(step.lengths[: step.num_decodes])
         self._parts = {}
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        call: LayerCall,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
         """See ``BlockAttention.attend``."""
-        step = self._step
-        if step is None:
-            raise RuntimeError("attention outside of a step")
+        step = self.step
         if len(self._groups) + len(step.runs) == 1:
             if step.runs:
                 return self._run(step, 0, query, keys, values, call)

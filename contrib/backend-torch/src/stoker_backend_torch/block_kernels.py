@@ -51,13 +51,12 @@ class FlashAttention(BlockAttention):
         self._varlen: Any = flash_attn_varlen_func
         self._with_cache: Any = flash_attn_with_kvcache
         self._device = device
-        self._step: BlockStep | None = None
         self._query_starts = self._key_starts = torch.empty(0)
         self._longest_query = self._longest_key = 0
 
     def begin(self, step: BlockStep) -> None:
         """See ``BlockAttention.begin``."""
-        self._step = step
+        super().begin(step)
         if not step.runs:
             return
         counts = [1] * step.num_decodes + [run.stop - run.start for run in step.runs]
@@ -66,20 +65,14 @@ class FlashAttention(BlockAttention):
         self._longest_query, self._longest_key = max(counts), int(step.lengths.max())
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        call: LayerCall,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
         """See ``BlockAttention.attend``.
 
         Raises:
             ValueError: The layer has sinks.
         """
-        step = self._step
-        if step is None:
-            raise RuntimeError("attention outside of a step")
+        step = self.step
         if call.sinks is not None:
             raise ValueError("flash-attn knows no sinks")
         how = {
@@ -131,13 +124,12 @@ class FlexAttention(BlockAttention):
         self._compute = compute
         self._num_blocks = num_blocks
         self._block_size = block_size
-        self._step: BlockStep | None = None
         self._positions = torch.empty(0)
         self._masks: dict[tuple[int, int], BlockMask] = {}
 
     def begin(self, step: BlockStep) -> None:
         """See ``BlockAttention.begin``."""
-        self._step = step
+        super().begin(step)
         self._masks = {}
         # For each sequence and block of the pool, which of the sequence's blocks that is; -1 for none.
         tables = step.device_tables.long()
@@ -148,16 +140,10 @@ class FlexAttention(BlockAttention):
         )
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        call: LayerCall,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
         """See ``BlockAttention.attend``."""
-        step = self._step
-        if step is None:
-            raise RuntimeError("attention outside of a step")
+        step = self.step
         # One sequence of keys, for all sequences of queries.
         key = keys.flatten(0, 1).transpose(0, 1).unsqueeze(0)
         value = values.flatten(0, 1).transpose(0, 1).unsqueeze(0)
@@ -195,7 +181,7 @@ class FlexAttention(BlockAttention):
         return out * share.unsqueeze(-1).to(out.dtype)
 
     def _decode_mask(self, window: int) -> BlockMask:
-        step = self._open()
+        step = self.step
         count, size = step.num_decodes, self._block_size
         lengths, positions = step.device_lengths[:count], self._positions
         reach = self._number(window or _NO_WINDOW)
@@ -214,7 +200,7 @@ class FlexAttention(BlockAttention):
         )
 
     def _run_mask(self, at: int, window: int) -> BlockMask:
-        step, size = self._open(), self._block_size
+        step, size = self.step, self._block_size
         run, row = step.runs[at], step.num_decodes + at
         positions, count = self._positions[row], run.stop - run.start
         start, reach = self._number(run.position), self._number(window or _NO_WINDOW)
@@ -256,11 +242,6 @@ class FlexAttention(BlockAttention):
     def _number(self, value: int) -> torch.Tensor:
         """A number as a tensor: as such it would be a constant for the compiler, and another program."""
         return torch.tensor(value, dtype=torch.int32, device=self._positions.device)
-
-    def _open(self) -> BlockStep:
-        if self._step is None:
-            raise RuntimeError("attention outside of a step")
-        return self._step
 
 
 def compile_flex() -> Callable[..., Any]:

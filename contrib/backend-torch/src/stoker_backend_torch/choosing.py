@@ -111,7 +111,6 @@ class GuardedAttention(BlockAttention):
 
     def __init__(self, first: BlockAttention, other: BlockAttention) -> None:
         self._current, self._other = first, other
-        self._step: BlockStep | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override] # nobody sets it
@@ -125,15 +124,11 @@ class GuardedAttention(BlockAttention):
 
     def begin(self, step: BlockStep) -> None:
         """See ``BlockAttention.begin``."""
-        self._step = step
+        super().begin(step)
         self._guard(lambda: self._current.begin(step))
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        call: LayerCall,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
         """See ``BlockAttention.attend``."""
         out: torch.Tensor | None = None
@@ -163,8 +158,7 @@ class GuardedAttention(BlockAttention):
                 self._other.name,
             )
             self._current = self._other
-            if self._step is not None:
-                self._current.begin(self._step)
+            self._current.begin(self.step)
 
 
 def is_same(got: torch.Tensor, want: torch.Tensor) -> bool:

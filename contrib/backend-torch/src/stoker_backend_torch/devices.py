@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import stoker
+from stoker.machine import available_memory, cpu_flags
 
-__all__ = [
-    "choose_device",
-    "choose_dtype",
-    "format_bytes",
-    "free_memory",
-    "kv_bytes_per_token",
-    "usable_cores",
-]
+__all__ = ["choose_device", "choose_dtype", "free_memory", "kv_bytes_per_token"]
 
-_CGROUP = Path("/sys/fs/cgroup")
-_CPU_INFO = Path("/proc/cpuinfo")
 # Instructions that compute with bfloat16 itself; Linux' names on x86 and Arm.
 _BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,7 +42,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if native else torch.float32
     if device.type == "mps":
         return torch.float16
-    return torch.bfloat16 if _BF16_FLAGS & _cpu_flags() else torch.float32
+    return torch.bfloat16 if _BF16_FLAGS & cpu_flags() else torch.float32
 
 
 def free_memory(device: torch.device) -> int:
@@ -66,29 +55,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         most = int(torch.mps.recommended_max_memory())
         return max(0, most - int(torch.mps.driver_allocated_memory()))
-    available = int(psutil.virtual_memory().available)
-    limit, used = _read(_CGROUP / "memory.max"), _read(_CGROUP / "memory.current")
-    if limit.isdigit() and used.isdigit():
-        # Cached files count as used by the container, but make way.
-        reclaimable = sum(
-            int(line.split()[1])
-            for line in _read(_CGROUP / "memory.stat").splitlines()
-            if line.startswith("inactive_file ")
-        )
-        available = min(available, max(0, int(limit) - int(used) + reclaimable))
-    return available
-
-
-def usable_cores() -> int:
-    """Cores this process may run on: its affinity, and its container's CPU quota, rounded up."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        cores = os.cpu_count() or 1
-    quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
-    if quota.isdigit() and period.strip().isdigit():
-        cores = min(cores, max(1, -(-int(quota) // int(period))))
-    return cores
+    return available_memory()
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
@@ -125,35 +92,9 @@ def _kv_numbers(config: Any, kv_heads: int | None = None) -> int:
     return kv_heads * 2 * int(width)
 
 
-def format_bytes(count: int) -> str:
-    """``1234567`` as ``1.2 MB``; decimal units."""
-    if count < 1000:
-        return f"{count} bytes"
-    for power, unit in ((1, "kB"), (2, "MB"), (3, "GB")):
-        if count < 1000 ** (power + 1):
-            return f"{count / 1000**power:.1f} {unit}"
-    return f"{count / 1000**4:.1f} TB"
-
-
 def _present() -> list[str]:
     """The devices of this machine, the best first."""
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         names.append("mps")
     return [*names, "cpu"]
-
-
-def _cpu_flags() -> frozenset[str]:
-    """The CPU's features as Linux names them; empty elsewhere."""
-    for line in _read(_CPU_INFO).splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in {"flags", "Features"}:
-            return frozenset(value.split())
-    return frozenset()
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 import stoker
-from stoker_backend_torch.devices import choose_dtype, format_bytes, free_memory, usable_cores
+from stoker.machine import format_bytes, usable_cores
+from stoker_backend_torch.devices import choose_dtype, free_memory
 from stoker_backend_torch.embedder import TorchEmbedder, position_limit
 from stoker_backend_torch.embedding_runtime import EmbeddingRuntime
 from stoker_backend_torch.openmp import set_threads

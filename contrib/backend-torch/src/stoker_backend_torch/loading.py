@@ -11,13 +11,10 @@ import msgspec
 import torch
 
 import stoker
+from stoker.machine import usable_cores
 from stoker_backend_torch.architectures import ModelCode, find_code
 from stoker_backend_torch.choosing import AttentionShape, choose_block_size
-from stoker_backend_torch.devices import (
-    choose_dtype,
-    kv_bytes_per_token,
-    usable_cores,
-)
+from stoker_backend_torch.devices import choose_dtype, kv_bytes_per_token
 from stoker_backend_torch.embedding_loading import load_embedding_runtime, make_embedder
 from stoker_backend_torch.memory import make_memory
 from stoker_backend_torch.openmp import set_threads

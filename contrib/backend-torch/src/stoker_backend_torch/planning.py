@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import stoker
+from stoker.machine import format_bytes
 from stoker_backend_torch.blocks import blocks_for
-from stoker_backend_torch.devices import format_bytes, free_memory
+from stoker_backend_torch.devices import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
