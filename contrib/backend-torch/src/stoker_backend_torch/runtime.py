@@ -127,6 +127,8 @@ class TorchRuntime(Runtime):
         }
         if not len(batch.wanted):
             self._model.base_model(**rows)  # without its head
+            if self._device.type == "cuda":  # or the next step would be charged for this one
+                torch.cuda.synchronize(self._device)
             return None
         wanted = torch.from_numpy(batch.wanted).to(self._device)
         logits: torch.Tensor = self._model(**rows, logits_to_keep=wanted).logits[0]
