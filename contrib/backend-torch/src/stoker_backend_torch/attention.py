@@ -35,6 +35,8 @@ __all__ = [
 NAME = "stoker"
 _MEMORY = "stoker_kv_memory"
 _PLACE = "stoker_kv_place"
+# Biases, and what sparse attention looks at. Layers that pass on one of them always do.
+_UNSUPPORTED = ("position_bias", "head_mask", "indices", "block_indices")
 _memories: weakref.WeakValueDictionary[int, LayerAttention] = weakref.WeakValueDictionary()
 
 
@@ -161,7 +163,8 @@ def attend(
         query: ``[1, heads, T, key_dim]``.
         key: ``[1, kv_heads, T, key_dim]``.
         value: ``[1, kv_heads, T, value_dim]``.
-        attention_mask: Always ``None`` for an interface without masks of its own.
+        attention_mask: ``None``, as transformers makes none for an interface that it knows no masks for;
+            a model that makes one by itself cannot be served.
         scaling: What scores are multiplied with.
         sliding_window: Tokens that a token sees.
         softcap: See ``LayerCall``.
@@ -190,7 +193,9 @@ def attend(
             s_aux,
         )
         return out, None
-    for name in ("position_bias", "head_mask"):
+    if attention_mask is not None:
+        raise EngineError(f"{type(module).__name__} makes masks of its own, which is not supported")
+    for name in _UNSUPPORTED:
         if unused.get(name) is not None:
             raise EngineError(f"{type(module).__name__} wants {name}, which is not supported")
     call = LayerCall(

@@ -102,16 +102,27 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
         dtype: The type that keys and values are kept in.
     """
     layers = int(config.num_hidden_layers)
+    if getattr(
+        config, "is_heterogeneous", False
+    ):  # each layer has a configuration of its own (Gemma 4)
+        numbers = sum(_kv_numbers(part) for part in config.per_layer_config)
+    elif isinstance(kv_heads := getattr(config, "num_key_value_heads", None), (list, tuple)):
+        numbers = sum(_kv_numbers(config, int(heads)) for heads in kv_heads)
+    else:
+        numbers = layers * _kv_numbers(config)
+    return numbers * int(dtype.itemsize)
+
+
+def _kv_numbers(config: Any, kv_heads: int | None = None) -> int:
+    """Numbers of one token's key and value in one layer."""
     heads = int(config.num_attention_heads)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
-    key_width = value_width = int(width)
+    if kv_heads is None:
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     if getattr(config, "kv_lora_rank", None):
-        kv_heads = heads
         key_width = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
-        value_width = int(config.v_head_dim)
-    per_layer = list(kv_heads) if isinstance(kv_heads, (list, tuple)) else [kv_heads] * layers
-    return sum(map(int, per_layer)) * (key_width + value_width) * int(dtype.itemsize)
+        return heads * (key_width + int(config.v_head_dim))
+    width = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    return kv_heads * 2 * int(width)
 
 
 def format_bytes(count: int) -> str:

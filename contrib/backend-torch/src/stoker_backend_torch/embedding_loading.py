@@ -90,7 +90,12 @@ def load_embedding_runtime(
     loaded = load_model(checkpoint, code, options, device=device, dtype=dtype)
     if recipe.lower_case:
         _check_lower_case(checkpoint, loaded)
-    num_packed = pack_linear_layers(loaded.model) if device.type == "cpu" else 0
+    num_packed = 0
+    if device.type == "cpu":
+        num_packed = pack_linear_layers(
+            loaded.model,
+            trial=lambda: loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.int64)),
+        )
     plan = _plan(loaded, recipe, options, settings.context_length)
     if plan is None:
         raise stoker.ModelError(f"{checkpoint.path} cannot embed")

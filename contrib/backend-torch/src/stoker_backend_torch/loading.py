@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from stoker_backend_torch.embedding_loading import load_embedding_runtime, make_
 from stoker_backend_torch.memory import make_memory
 from stoker_backend_torch.openmp import set_threads
 from stoker_backend_torch.packing import pack_linear_layers
-from stoker_backend_torch.planning import Plan, make_plan
+from stoker_backend_torch.planning import Plan, hidden_window, make_plan
 from stoker_backend_torch.probe import look_at
 from stoker_backend_torch.runtime import TorchRuntime
 from stoker_backend_torch.sampler import can_sample_on
@@ -95,13 +95,28 @@ def load_runtime(
     def pack() -> None:
         nonlocal num_packed
         if device.type == "cpu":
-            num_packed = pack_linear_layers(loaded.model, share=not options.compile)
+            num_packed = pack_linear_layers(
+                loaded.model,
+                share=not options.compile,
+                trial=lambda: loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.int64)),
+            )
 
     name = str(checkpoint.path)
-    shapes, _ = look_at(loaded.model, name, _num_logits(loaded), prepare=pack)
+    shapes, windows = look_at(loaded.model, name, _num_logits(loaded), prepare=pack)
+    window = hidden_window(loaded.config, windows)
+    is_bound = window is not None and window < plan.context_length
+    if is_bound:
+        request = replace(
+            request, settings=msgspec.structs.replace(settings, context_length=window)
+        )
+        beyond = (
+            f"The context is {window} tokens instead of {plan.context_length}: beyond it the model hides "
+            "tokens by a sliding window that it does not tell attention of."
+        )
+        warnings = [*warnings, beyond]
     # Now it is known what a token takes; the configuration may have told it wrongly.
     per_token = sum(shape.width for shape in shapes) * dtype.itemsize
-    if per_token != kv_bytes_per_token(loaded.config, dtype):
+    if is_bound or per_token != kv_bytes_per_token(loaded.config, dtype):
         # The weights are there already: what is free need not hold them once more.
         plan = _plan(request, loaded.config, 0, device, dtype, per_token)
     shape = AttentionShape(
@@ -147,7 +162,7 @@ def _plan(
             device=device,
             block_size=choose_block_size(request.options, device, dtype),
         )
-    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise stoker.ModelError(
             f"{request.checkpoint.path} has a configuration that makes no sense: {error}"
         ) from error

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container
 
 __all__ = ["PackedLinear", "pack_linear_layers"]
 
@@ -107,46 +110,84 @@ class _Shared(nn.Module):
         return out
 
 
-def pack_linear_layers(model: nn.Module, *, share: bool = True) -> int:
+class _Watched(nn.Linear):
+    """A linear layer that notes whether anybody looks at its weights."""
+
+    is_looked_at = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        self.__dict__["is_looked_at"] = True
+        return self._parameters["weight"]
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return functional.linear(rows, self._parameters["weight"], self.bias)
+
+
+def pack_linear_layers(
+    model: nn.Module, *, share: bool = True, trial: Callable[[], Any] | None = None
+) -> int:
     """Replace a model's linear layers by packed ones, where that works; a CPU's only.
 
     Args:
         model: The model, with its final weights.
         share: Whether layers with the same input become one product; not for ``torch.compile``, which cannot
             tell whether two inputs are one.
+        trial: Computes with the model. Layers whose weights the model's code looks at, their type perhaps,
+            stay as they are.
 
     Returns:
         How many were replaced.
     """
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return 0
-    count = 0
     with torch.inference_mode():
-        for parent in list(model.modules()):
-            if share:
-                shared = _share(parent)
-                if shared is None:
-                    return count
-                count += shared
-            for name, child in list(parent.named_children()):
-                if type(child) is not nn.Linear or not _is_suitable(child):
-                    continue
-                packed = _try_to_pack(child)
-                if packed is None:
-                    return count  # what fails once fails for all
-                setattr(parent, name, packed)
-                count += 1
+        kept = set() if trial is None else _looked_at(model, trial)
+        return _replace(model, kept, share=share)
+
+
+def _looked_at(model: nn.Module, trial: Callable[[], Any]) -> set[nn.Module]:
+    """The linear layers whose weights the model's own code uses."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    for linear in linears:
+        linear.__class__ = _Watched
+    try:
+        trial()
+    finally:
+        for linear in linears:
+            linear.__class__ = nn.Linear
+    return {linear for linear in linears if linear.__dict__.pop("is_looked_at", False)}
+
+
+def _replace(model: nn.Module, kept: Container[nn.Module], *, share: bool) -> int:
+    """Replace all suitable layers but some; returns how many."""
+    count = 0
+    for parent in list(model.modules()):
+        if share:
+            shared = _share(parent, kept)
+            if shared is None:
+                return count
+            count += shared
+        for name, child in list(parent.named_children()):
+            if type(child) is not nn.Linear or child in kept or not _is_suitable(child):
+                continue
+            packed = _try_to_pack(child)
+            if packed is None:
+                return count  # what fails once fails for all
+            setattr(parent, name, packed)
+            count += 1
     return count
 
 
-def _share(parent: nn.Module) -> int | None:
+def _share(parent: nn.Module, kept: Container[nn.Module]) -> int | None:
     """Make one product of layers with the same input; ``None`` if packing does not work."""
     count = 0
     for names in _SAME_INPUT:
         linears: list[Any] = [
             child
             for child in (getattr(parent, name, None) for name in names)
-            if type(child) is nn.Linear and _is_suitable(child)
+            if type(child) is nn.Linear and child not in kept and _is_suitable(child)
         ]
         if len(linears) < len(names):
             continue
@@ -167,7 +208,8 @@ def _share(parent: nn.Module) -> int | None:
 def _is_suitable(linear: nn.Linear) -> bool:
     weight = linear.weight
     # Hooks and parametrizations of a layer would be lost with it.
-    is_plain = type(weight) is nn.Parameter and not linear._forward_hooks  # noqa: SLF001 - nothing else tells
+    hooks = (*linear._forward_hooks, *linear._forward_pre_hooks)  # noqa: SLF001 - nothing else tells
+    is_plain = type(weight) is nn.Parameter and not hooks
     return is_plain and weight.device.type == "cpu" and weight.dtype in _DTYPES
 
 

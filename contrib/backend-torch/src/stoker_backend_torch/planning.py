@@ -10,13 +10,14 @@ from stoker_backend_torch.blocks import blocks_for
 from stoker_backend_torch.devices import format_bytes, free_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
 
     from stoker_backend_torch.options import TorchOptions
 
-__all__ = ["Plan", "make_plan", "max_context"]
+__all__ = ["Plan", "hidden_window", "make_plan", "max_context"]
 
 _AUTO_LANES = 16
 _AUTO_LANES_GPU = 64
@@ -188,7 +189,37 @@ def max_context(config: Any) -> tuple[int | None, str]:
         )
     if length is not None and not rope:
         return length, "the model has no positions beyond it"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):  # Llama 4
+        most = int(config.attention_chunk_size)
+        if getattr(config, "attn_temperature_tuning", False):  # by rows, not by their positions
+            most = min(most, int(config.floor_scale) - 1)
+        if length is None or most < length:
+            return (
+                most,
+                "beyond it the model's attention is cut into chunks, which is not supported",
+            )
     return length, ""
+
+
+def hidden_window(config: Any, windows: Sequence[int]) -> int | None:
+    """The sliding window of layers that do not pass it on to attention, but only to masks.
+
+    Args:
+        config: The text model's configuration.
+        windows: The window that each layer passes on; 0 for none.
+
+    Returns:
+        The length up to which such layers see everything all the same; ``None`` if there are none.
+    """
+    kinds = getattr(config, "layer_types", None)
+    found = []
+    for at, window in enumerate(windows):
+        is_own = getattr(config, "is_heterogeneous", False)
+        wanted = getattr(config.per_layer_config[at] if is_own else config, "sliding_window", None)
+        slides = kinds[at] == "sliding_attention" if kinds else not any(windows)
+        if slides and not window and wanted and getattr(config, "use_sliding_window", True):
+            found.append(int(wanted))
+    return min(found, default=None)
 
 
 def _choose_context(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...]]:
