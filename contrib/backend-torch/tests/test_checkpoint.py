@@ -90,6 +90,10 @@ def test_shards_are_found_through_their_index(folder: Path) -> None:
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantized (?)"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, which cannot be"),
+        ({"text_config": {"n_layer": -1}}, "n_layer is -1"),
+        ({"model_type": ["llama"]}, "model_type is no text"),
+        ({"architectures": [5]}, "no list of names"),
         ({"model_type": None, "architectures": None}, "neither a model_type nor architectures"),
     ],
 )

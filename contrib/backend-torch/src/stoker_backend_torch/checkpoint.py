@@ -30,6 +30,8 @@ _BITS = {
     "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_MOST_LAYERS = 10_000  # where the files do not tell
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
@@ -140,6 +142,7 @@ def open_checkpoint(path: Path, *, trust_remote_code: bool, allow_pickle: bool) 
     if kind == "safetensors":
         for file in files:
             tensors |= _read_header(file)
+    _check_layers(config_file, config, len(tensors) or _MOST_LAYERS)
     return Checkpoint(folder, kind, config, files, tensors)
 
 
@@ -161,10 +164,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_config(file: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    if not isinstance(config.get("model_type"), str) and not config.get("architectures"):
+    kind, names = config.get("model_type"), config.get("architectures")
+    if kind is None and not names:
         raise stoker.ModelError(
             f"{file} names neither a model_type nor architectures: it is no model's configuration"
         )
+    if not isinstance(kind, str | None):
+        raise stoker.ModelError(f"{file}: its model_type is no text; fetch it again")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise stoker.ModelError(f"{file}: its architectures are no list of names; fetch it again")
     if config.get("auto_map") and not trust_remote_code:
         raise stoker.ModelError(
             f"{file}: the model brings Python code of its own (auto_map); if you trust it, set "
@@ -182,6 +192,18 @@ def _check_config(file: Path, config: Mapping[str, Any], *, trust_remote_code: b
             f"{file}: the weights are quantized ({method}), which the torch backend does not serve; use the "
             'unquantized model (with weights = "int8" if memory is short), or a GGUF file of it'
         )
+
+
+def _check_layers(file: Path, config: Mapping[str, Any], most: int) -> None:
+    """Refuse more layers than there can be, before anybody makes lists of them."""
+    for part in (config, *config.values()):
+        for name in _LAYERS if isinstance(part, dict) else ():
+            count = part.get(name)
+            if count is not None and not (isinstance(count, int) and 0 <= count <= most):
+                raise stoker.ModelError(
+                    f"{file}: {name} is {str(count)[:40]}, which cannot be: its files hold {most:,} tensors "
+                    "at most"
+                )
 
 
 # --------------------------------------------------------------------------- weights
