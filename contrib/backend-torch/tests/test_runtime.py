@@ -23,6 +23,7 @@ from tiny_models import (
 
 import stoker
 from stoker_backend_torch.attention import attach
+from stoker_backend_torch.kv import ContiguousKv
 from stoker_backend_torch.packing import PackedLinear, pack_linear_layers
 from stoker_backend_torch.probe import look_at
 from stoker_backend_torch.ragged import RaggedBatch, find_runs, group_decodes
@@ -133,6 +134,30 @@ def test_what_does_not_fit_or_makes_no_sense_changes_nothing(case: Any) -> None:
     with pytest.raises(stoker.EngineError, match="holds 10 tokens; 11 cannot be copied"):
         runtime.copy_prefix(2, 1, 11)
     close(run(runtime, (2, TEXT[10:12], 10), every=True), truth[10:12])
+
+
+@pytest.mark.parametrize("way", ["prompt", "copy", "snapshot"])
+def test_a_lane_of_numbers_that_are_none_does_not_spoil_the_next_sequence(way: str) -> None:
+    model = make_model("gemma3")
+    truth = forward(model, TEXT[:12])
+    runtime = make_runtime(model)
+    memory = runtime._memory
+    assert isinstance(memory, ContiguousKv)
+    run(runtime, (1, TEXT[:8], 0), (2, OTHER[:40], 0))
+    saved = runtime.snapshot(1)
+    for part in (*memory._keys, *memory._values):  # as after an overflow
+        part[2, 3:40] = float("nan")
+    runtime.truncate(2, 0)
+    if way == "prompt":
+        run(runtime, (2, TEXT[:8], 0))
+    elif way == "copy":
+        runtime.copy_prefix(1, 2, 8)
+    else:
+        runtime.restore(2, saved)
+    run(runtime, (3, OTHER[:30], 0))
+    for at in range(8, 12):  # beside a longer one, whose call looks at as much of all lanes
+        both = run(runtime, (2, TEXT[at : at + 1], at), (3, OTHER[22 + at : 23 + at], 22 + at))
+        close(both[0], truth[at])
 
 
 def test_a_snapshot_of_something_else_is_refused() -> None:

@@ -55,6 +55,12 @@ class ModelCode:
         """The configuration of the text model."""
         return self.config.get_text_config(decoder=True)
 
+    def count_parameters(self) -> int:
+        """Numbers of the model, without making it."""
+        with torch.device("meta"):
+            model = self.model_class(self.config)
+        return sum(part.numel() for part in model.parameters())
+
     @property
     def is_encoder(self) -> bool:
         """Whether a token's numbers depend on those behind it, too."""
@@ -207,8 +213,8 @@ def _check_size(checkpoint: Checkpoint, code: ModelCode) -> None:
     if not inspect.isclass(code.model_class):
         return
     try:
-        with quiet(), torch.device("meta"):  # takes no memory
-            wanted = sum(part.numel() for part in code.model_class(code.config).parameters())
+        with quiet():
+            wanted = code.count_parameters()
     except Exception as error:  # transformers raises many types, and none of its own
         raise stoker.ModelError(
             f"{path}: transformers cannot make a model by its configuration: {one_line(error)}"

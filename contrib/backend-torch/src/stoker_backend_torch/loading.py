@@ -174,9 +174,7 @@ def _weights_bytes(checkpoint: Checkpoint, code: ModelCode, dtype: torch.dtype) 
         size = int(dtype.itemsize)
         return sum(tensor.bytes_as(size) for tensor in checkpoint.tensors.values())
     if checkpoint.kind == "gguf":  # packed: the model's code knows what it becomes
-        with torch.device("meta"):
-            model = code.model_class(code.config)
-        return int(model.num_parameters() * dtype.itemsize)
+        return code.count_parameters() * int(dtype.itemsize)
     return checkpoint.size_bytes
 
 
