@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tiny_models import (
 
 import stoker
 from stoker_backend_torch.attention import attach
+from stoker_backend_torch.compiling import find_layers, plain_layers
 from stoker_backend_torch.kv import ContiguousKv
 from stoker_backend_torch.packing import PackedLinear, pack_linear_layers
 from stoker_backend_torch.probe import look_at
@@ -305,6 +307,39 @@ def test_tokens_drawn_by_the_runtime_are_its_logits_greatest() -> None:
         )
     )
     assert drawn.tolist() == truth[[8, 3]].argmax(1).tolist()
+
+
+def test_each_model_keeps_its_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = make_runtime(make_model("llama"))
+        torch.set_num_threads(2)
+        second = make_runtime(make_model("llama"))
+        with ThreadPoolExecutor(1) as loop:  # of both, as the models of one device have
+            for runtime, threads in ((first, 1), (second, 2), (first, 1)):
+                runtime.truncate(0, 0)
+                loop.submit(run, runtime, (0, TEXT[:4], 0)).result()
+                assert loop.submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules
+def test_what_is_compiled_for_steps_is_not_compiled_for_texts_to_embed() -> None:
+    model = make_model("llama")
+    truth = forward(model, TEXT[:9])
+
+    def compiler(*_: Any) -> Any:
+        raise RuntimeError("it is compiled")
+
+    for layer in find_layers(model):
+        layer.compile(backend=compiler, dynamic=True)
+    with plain_layers(model):
+        close(forward(model, TEXT[:9]), truth)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="it is compiled"):
+        forward(model, TEXT[:9])
 
 
 @pytest.mark.slow

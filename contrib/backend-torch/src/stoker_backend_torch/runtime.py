@@ -21,6 +21,7 @@ from stoker import (
 from stoker_backend_torch.attention import KvMemory, attach
 from stoker_backend_torch.compiling import compile_layers
 from stoker_backend_torch.graphs import DecodeGraphs
+from stoker_backend_torch.openmp import keep_threads
 from stoker_backend_torch.paged import PagedKv
 from stoker_backend_torch.ragged import RaggedBatch, find_runs
 from stoker_backend_torch.sampler import TorchSampler
@@ -60,6 +61,7 @@ class TorchRuntime(Runtime):
         self.tokenizer = loaded.tokenizer
         self._model: Any = loaded.model
         self._device = loaded.device
+        self._threads = torch.get_num_threads()  # as set when the model was loaded
         self._memory: KvMemory | None = memory
         self._embedder = embedder
         self._graphs: DecodeGraphs | None = None
@@ -125,6 +127,7 @@ class TorchRuntime(Runtime):
     @torch.inference_mode()
     def _forward(self, batch: RaggedBatch) -> torch.Tensor | None:
         """The wanted rows' logits, ``[R, vocab]``, on the device; ``None`` if none are wanted."""
+        keep_threads(self._threads)
         rows = {
             "input_ids": torch.from_numpy(batch.token_ids[None]).to(self._device),
             "position_ids": torch.from_numpy(batch.positions[None]).to(self._device),
