@@ -339,6 +339,32 @@ def test_a_broken_tokenizer_is_refused(load: Load, folder: Path) -> None:
     assert "cannot load the tokenizer" in refusal(load, folder)
 
 
+@pytest.mark.slow
+def test_code_of_a_tokenizer_is_not_run(load: Load, folder: Path, tmp_path: Path) -> None:
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    own = {"AutoTokenizer": ["own.OwnTokenizer", None]}
+    change(folder / "tokenizer_config.json", auto_map=own, tokenizer_class="OwnTokenizer")
+    assert "its tokenizer brings Python code of its own" in refusal(load, folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "values", "expected"),
+    [
+        ("generation_config.json", {"eos_token_id": [1, "x"]}, "eos_token_id is 'x'"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat template is no text"),
+    ],
+)
+def test_small_files_that_make_no_sense_are_refused(
+    load: Load, folder: Path, file: str, values: dict[str, Any], expected: str
+) -> None:
+    for template in folder.glob("*.jinja"):
+        template.unlink()
+    change(folder / file, **values)
+    assert expected in refusal(load, folder)
+
+
 def test_a_device_that_is_not_there_is_refused(load: Load, tiny_folder: Path) -> None:
     message = refusal(load, tiny_folder, stoker.ConfigError, device="cuda:7")
     assert "device = 'cuda:7': there is no such device here" in message

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "TensorInfo", "is_checkpoint", "open_checkpoint", "read_json"]
 
 _CONFIG = "config.json"
+_ADAPTER = "adapter_config.json"
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _GGUF_MAGIC = b"GGUF"
@@ -31,7 +32,7 @@ _BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-_MOST_LAYERS = 10_000  # where the files do not tell
+_MOST_LAYERS = 2_000
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
@@ -124,10 +125,18 @@ def open_checkpoint(path: Path, *, trust_remote_code: bool, allow_pickle: bool) 
         )
     config = read_json(config_file)
     _check_config(config_file, config, trust_remote_code=trust_remote_code)
+    _check_layers(config_file, config)
     if path.is_file() and path.name != _SAFETENSORS:
         raise stoker.ModelError(
             f"{path}: transformers reads model.safetensors, or the shards that "
             f"model.safetensors.index.json names; rename the file, or name the folder {folder}"
+        )
+    if (
+        folder / _ADAPTER
+    ).is_file():  # which transformers would load instead, with a model from elsewhere
+        raise stoker.ModelError(
+            f"{folder} holds an adapter ({_ADAPTER}), which cannot be served: merge it into its model "
+            "(merge_and_unload), or remove that file if the weights here are whole"
         )
     kind, files = _find_weights(folder, allow_pickle=allow_pickle)
     if not any(
@@ -142,7 +151,6 @@ def open_checkpoint(path: Path, *, trust_remote_code: bool, allow_pickle: bool) 
     if kind == "safetensors":
         for file in files:
             tensors |= _read_header(file)
-    _check_layers(config_file, config, len(tensors) or _MOST_LAYERS)
     return Checkpoint(folder, kind, config, files, tensors)
 
 
@@ -194,16 +202,13 @@ def _check_config(file: Path, config: Mapping[str, Any], *, trust_remote_code: b
         )
 
 
-def _check_layers(file: Path, config: Mapping[str, Any], most: int) -> None:
+def _check_layers(file: Path, config: Mapping[str, Any]) -> None:
     """Refuse more layers than there can be, before anybody makes lists of them."""
     for part in (config, *config.values()):
         for name in _LAYERS if isinstance(part, dict) else ():
-            count = part.get(name)
-            if count is not None and not (isinstance(count, int) and 0 <= count <= most):
-                raise stoker.ModelError(
-                    f"{file}: {name} is {str(count)[:40]}, which cannot be: its files hold {most:,} tensors "
-                    "at most"
-                )
+            count = part.get(name, 0)
+            if isinstance(count, int) and not 0 <= count <= _MOST_LAYERS:
+                raise stoker.ModelError(f"{file}: {name} is {count}, which cannot be")
 
 
 # --------------------------------------------------------------------------- weights
@@ -249,6 +254,11 @@ def _shards(index_file: Path) -> tuple[Path, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise stoker.ModelError(f"{index_file} has no weight_map; fetch it again")
     names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise stoker.ModelError(
+            f"{index_file} names {outside[0]!r}, which is no file of the folder"
+        )
     missing = [name for name in names if not (index_file.parent / name).is_file()]
     if missing:
         raise stoker.ModelError(
