@@ -18,12 +18,14 @@ PORT ?= 8000
 LLAMA_FLAGS := -fno-tree-dse -fno-dse
 export CMAKE_ARGS ?= -DCMAKE_C_FLAGS='$(LLAMA_FLAGS)' -DCMAKE_CXX_FLAGS='$(LLAMA_FLAGS)'
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Each of the many processes that tests start would compile the sources anew.
+export PYTHONDONTWRITEBYTECODE :=
 
-# Prints a dependency group, one requirement a line.
-GROUP = $(BIN)/python -c 'import sys, tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]]))'
+# Prints dependency groups, one requirement a line.
+GROUP = $(BIN)/python -c 'import sys, tomllib; groups = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; print("\n".join(r for name in sys.argv[1:] for r in groups[name] if isinstance(r, str)))'
 
 # From some indexes a plain `torch` brings gigabytes of CUDA; a version of its own can be chosen here.
-TORCH ?= torch==2.13.0
+export TORCH ?= torch==2.13.0
 
 PROJECTS := pyproject.toml contrib/backend-gguf/pyproject.toml contrib/policy-priority/pyproject.toml
 OTHER_BACKENDS := contrib/backend-torch contrib/backend-ctransformers
@@ -55,9 +57,9 @@ $(VENV)/.serve: $(VENV)/bin/python $(PROJECTS)
 		-e ".[hub]" -e contrib/backend-gguf -e contrib/policy-priority
 	touch $@
 
-# What testing needs on top; the list is [dependency-groups] dev.
+# What testing needs on top; the lists are in [dependency-groups].
 $(VENV)/.dev: $(VENV)/.serve $(OTHER_BACKENDS:%=%/pyproject.toml)
-	$(GROUP) dev > $(VENV)/dev-requirements.txt
+	$(GROUP) tests dev > $(VENV)/dev-requirements.txt
 	$(BIN)/pip install --quiet -r $(VENV)/dev-requirements.txt
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --no-build-isolation -e "contrib/backend-torch[gguf,int8]" -e contrib/backend-ctransformers
@@ -73,7 +75,17 @@ $(CLIENTS): $(VENV)/%/.done: $(VENV)/bin/python pyproject.toml
 	$(@D)/bin/pip install --quiet --no-compile -r $(@D)/requirements.txt
 	touch $@
 
-setup: $(VENV)/.dev $(CLIENTS)
+# stoker with no distribution of contrib/, and what its tests need: the core's tests run there.
+CORE := $(VENV)/core
+
+$(CORE)/.done: $(VENV)/bin/python pyproject.toml
+	$(PYTHON) -m venv $(CORE)
+	$(GROUP) tests > $(CORE)/requirements.txt
+	$(CORE)/bin/pip install --quiet --no-compile -r $(CORE)/requirements.txt
+	$(CORE)/bin/pip install --quiet --no-build-isolation -e .
+	touch $@
+
+setup: $(VENV)/.dev $(CLIENTS) $(CORE)/.done
 
 serve: $(VENV)/.serve
 	exec $(BIN)/stoker serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -88,17 +100,20 @@ types: $(VENV)/.dev
 contracts: $(VENV)/.dev
 	$(BIN)/lint-imports 2>&1 | tail -n +14
 
-# These have nothing quick in them; they are not even imported.
-SLOW := tests/e2e tests/cli tests/api/test_openapi_fuzz.py tests/api/test_hostile_requests.py tests/api/test_connections.py
+# These have nothing quick in them, or import torch, which takes longer than the rest; they are not even imported.
+SLOW := tests/e2e tests/cli tests/api/test_openapi_fuzz.py tests/api/test_hostile_requests.py tests/api/test_connections.py \
+	contrib/backend-torch/tests tests/distributions
 
 fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 -m "not bench and not model and not slow" $(addprefix --ignore=,$(SLOW))
 
 check: lint types contracts fast
 
-# A real model wants all cores for itself; the rest is quicker side by side.
-test: lint types contracts $(CLIENTS)
-	$(BIN)/python -m pytest -q -n 2 -m "not bench and not model"
+# The core's tests run where no distribution of contrib/ is installed, and with them what needs one. More
+# processes than cores, because many tests wait. A real model wants all cores for itself.
+test: lint types contracts $(CLIENTS) $(CORE)/.done
+	$(CORE)/bin/python -m pytest -q -n 3 --dist worksteal -m "not bench and not model and not contrib" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "contrib and not bench and not model"
 	$(BIN)/python -m pytest -q -m "model and not bench"
 
 format: $(VENV)/.dev

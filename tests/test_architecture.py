@@ -68,8 +68,22 @@ def test_importing_stoker_loads_next_to_nothing() -> None:
     assert not loaded & {"numpy", "litestar", "msgspec", "pluggy", "jinja2", "stoker.engine"}
 
 
+def test_the_testing_kit_loads_when_it_is_used() -> None:
+    loaded = loaded_after("import stoker.testing; stoker.testing.BackendUnderTest")
+    assert "stoker.testing.conformance.subjects" in loaded
+    assert not loaded & {"pytest", "hypothesis", "numpy", "litestar"}
+
+
+CONTRIB = sorted(path.name for path in ROOT.glob("contrib/*/src/stoker_*") if path.is_dir())
+
+
 @pytest.mark.parametrize(
-    "module", ["stoker_plugins", "stoker_backend_gguf", "stoker_policy_priority"]
+    "module",
+    [
+        "stoker_plugins",
+        "stoker.machine",
+        *(pytest.param(name, marks=pytest.mark.contrib) for name in CONTRIB),
+    ],
 )
 def test_entry_modules_are_light(module: str) -> None:
     loaded = loaded_after(f"import {module}")
@@ -77,10 +91,14 @@ def test_entry_modules_are_light(module: str) -> None:
         "numpy",
         "litestar",
         "llama_cpp",
+        "torch",
+        "transformers",
+        "ctransformers",
         "jinja2",
         "huggingface_hub",
         "prometheus_client",
         "httpx",
+        "psutil",
     }
     assert not loaded & heavy
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import msgspec
 import psutil
 
 from stoker.errors import ConfigError
+from stoker.machine import Limits, cpu_flags, cpu_name, usable_cores
 from stoker.types import LocalModel
 
 __all__ = [
@@ -157,29 +157,13 @@ def data_folder() -> Path:
 
 
 def this_machine() -> Machine:
-    """The machine this process runs on, as far as this process may use it."""
-    facts = _cpu_facts()
-    known = facts.get("flags") or facts.get("Features") or ""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        cores = os.cpu_count() or 1
-    name = facts.get("model name") or platform.processor() or platform.machine()
+    """The machine this process runs on, as far as this process may use it; without a container's quota."""
     return Machine(
-        cpu=" ".join(name.split()),
-        flags=sorted(_FLAGS & set(known.split())),
-        cores=cores,
+        cpu=cpu_name(),
+        flags=sorted(_FLAGS & cpu_flags()),
+        cores=usable_cores(Limits()),
         memory_gib=round(psutil.virtual_memory().total / 2**30),
     )
-
-
-def _cpu_facts() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        return {}
-    lines = (line.partition(":") for line in text.split("\n\n", 1)[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in lines}
 
 
 def fingerprint(local: LocalModel) -> ModelFingerprint:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,10 +123,14 @@ class Running:
 def make_config(options: dict[str, Any] | None = None, **sections: Any) -> Config:
     """A configuration with one scripted model."""
     model = ModelConfig(model=f"scripted:{MODEL}", lanes=8, context=1024, options=options or {})
+    plugins = sections.pop("plugins", {})
+    # Several servers of a process are servers of one user: no two may keep batches in one folder.
+    folder = tempfile.mkdtemp(dir=os.environ["XDG_DATA_HOME"])
     raw = {
         "models": [msgspec.to_builtins(model)],
         "logging": {"access": True},
         "responses": {"path": ":memory:"},
+        "plugins": {**plugins, "batches": {"directory": folder, **plugins.get("batches", {})}},
         **sections,
     }
     return msgspec.convert(raw, Config)

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 RANDOM = int(os.environ.get("STOKER_FUZZ_CASES", "0"))
-NUM_MUTATIONS = RANDOM or 1000
+NUM_MUTATIONS = RANDOM or 500
 CHAT, TEXT, RESPONSES, MESSAGES = (
     *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
 )

@@ -53,6 +53,7 @@ def test_the_tutorials_package_installs_and_is_found(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.contrib  # it asks for the policy `priority`
 def test_the_readmes_configuration_is_valid(tmp_path: Path) -> None:
     (tmp_path / "stoker.toml").write_text(block(ROOT / "README.md", "toml"))
     (tmp_path / "keys.txt").write_text("a-secret-key\n")

@@ -23,6 +23,8 @@ from stoker_plugins.policies.options import (
 )
 from stoker_policy_priority import Options as PriorityOptions
 
+pytestmark = pytest.mark.contrib
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "policies.md").read_text()
 POLICIES = ["fcfs", "token-budget", "fair", "deadline", "priority"]

@@ -146,9 +146,9 @@ def _compare_greedy(url: str, reference: Any) -> list[tuple[str, str, str]]:
             f"<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
         )
         reference.reset()
-        completion = reference.create_completion(prompt, max_tokens=32, temperature=0.0)
+        completion = reference.create_completion(prompt, max_tokens=12, temperature=0.0)
         expected = completion["choices"][0]["text"]
-        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 32, "temperature": 0}
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         got = answer["choices"][0]["message"]["content"]
         if got != expected:
@@ -164,7 +164,7 @@ async def test_32_streams_at_once_belong_each_to_its_own_prompt(real_server: Any
     async def ask(client: httpx.AsyncClient, prompt: str) -> str:
         body = {
             "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": 24,
+            "max_tokens": 12,
             "temperature": 0,
             "stream": True,
         }

@@ -69,7 +69,7 @@ def test_an_input_longer_than_a_step(client: openai.OpenAI) -> None:
 def test_a_job_does_not_stop_a_stream(client: openai.OpenAI, real_server: Any) -> None:
     """While many texts are embedded, a stream brings its tokens between the batches."""
     ended: list[float] = []
-    texts = [f"Text number {i} says a few words about the number {i * 7}." for i in range(150)]
+    texts = [f"Text number {i} says a few words about the number {i * 7}." for i in range(60)]
 
     def embed() -> None:
         client.embeddings.create(model=MODEL, input=texts)

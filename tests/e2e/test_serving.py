@@ -19,6 +19,7 @@ def complete(served: Any, prompt: str, max_tokens: int = 10, **fields: Any) -> h
     return httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
 
 
+@pytest.mark.contrib
 def test_the_priority_policy_decides_who_is_next(serve: Any) -> None:
     ended: list[str] = []
 
@@ -44,6 +45,7 @@ def test_the_priority_policy_decides_who_is_next(serve: Any) -> None:
     assert ended == ["first", "now", "soon", "late"]
 
 
+@pytest.mark.contrib
 def test_an_urgent_request_preempts_and_the_victim_ends_unharmed(serve: Any) -> None:
     with serve("scripted:m", "--lanes", "1", "--policy", "priority", config=SLOW) as served:
         truth = complete(served, "patient", 200).json()["choices"][0]["text"]

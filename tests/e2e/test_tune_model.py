@@ -32,29 +32,25 @@ def tune(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str
     return done, json.loads(report.read_text())
 
 
-def test_a_short_tuning_of_kv_types_and_extra_buffers(tmp_path: Path) -> None:
-    quick = ("--budget", "0.6", "--run-seconds", "0.3")
-    done, report = tune(tmp_path, "--only", "extra_buffers", "--only", "kv_type", *quick)
+def test_a_short_tuning_of_kv_types_and_of_requantised_weights(tmp_path: Path) -> None:
+    only = ("--only", "extra_buffers", "--only", "kv_type", "--only", "weights")
+    quick = ("--budget", "0.2", "--run-seconds", "0.1", "--requantize", "q8_0")
+    done, report = tune(tmp_path, *only, *quick)
     assert report["model"] == "SmolLM2-135M-Instruct"
     assert report["backend"] == "gguf"
     assert report["defaults"]["alone"]["tokens_per_s"] > 0
     assert report["rows"], done.stderr
-    row = report["rows"][0]
+    row, weights = report["rows"][0], report["rows"][-1]
     assert (row["setting"], row["value"]) == ("kv_type", "bf16")
     if row["quality"] is not None:  # on a busy machine the time may be up before
         assert 0 <= row["quality"]["kl_mean"] < 0.02
         assert row["quality"]["top1"] > 0.9
-    profiles = list((tmp_path / "data").rglob("*.json"))
-    assert bool(profiles) == bool(report["profile"])
-
-
-def test_requantised_weights_are_measured_and_not_kept_unasked(tmp_path: Path) -> None:
-    quick = ("--budget", "1", "--run-seconds", "0.3", "--only", "weights")
-    done, report = tune(tmp_path, "--requantize", "q8_0", *quick)
-    (row,) = report["rows"]
-    assert (row["setting"], row["value"]) == ("weights", "q8_0")
-    assert row["quality"] is not None, row["verdict"]
-    assert 0 < row["quality"]["kl_mean"] < 0.02
+    # Other weights are looked at whatever the budget, and not kept unasked.
+    assert (weights["setting"], weights["value"]) == ("weights", "q8_0")
+    assert weights["quality"] is not None, weights["verdict"]
+    assert 0 < weights["quality"]["kl_mean"] < 0.02
     assert 130e6 < report["weights"]["q8_0"] < 160e6
     assert "turning the full weights into another type would lose less" in done.stdout
     assert list((tmp_path / "data").rglob("*.gguf")) == []
+    profiles = list((tmp_path / "data").rglob("*.json"))
+    assert bool(profiles) == bool(report["profile"])

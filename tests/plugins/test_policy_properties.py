@@ -30,7 +30,8 @@ from stoker_plugins.policies.token_budget import TokenBudget
 from stoker_policy_priority import Options as PriorityOptions
 from stoker_policy_priority import Priority
 
-pytestmark = pytest.mark.slow  # with all policies it is a quarter of the fast suite
+# With all policies, also one of contrib/, it is a quarter of the fast suite.
+pytestmark = [pytest.mark.slow, pytest.mark.contrib]
 
 BUDGET = 90
 AGEING = 500.0

@@ -70,7 +70,10 @@ def routed(
         tool_format=form or Generic(),
         reasoning=marks,
         thoughts=None,
-        client=SimpleNamespace(tokenizer=tokenizer),
+        client=SimpleNamespace(
+            tokenizer=tokenizer,
+            info=SimpleNamespace(capabilities=SimpleNamespace(generates=True)),
+        ),
         constrains=True,
     )
     return cast(RoutedModel, model)

@@ -12,58 +12,12 @@ import stoker
 from stoker.config import Config, ModelConfig
 from stoker.discovery import PluginListing, Plugins, load_plugins
 from stoker.doctor import asking, installation, machine, threads
-from stoker.doctor.limits import Limits, read_limits
+from stoker.machine import Limits
 from stoker.testing import ScriptedBackend, ScriptedSource
 
 
 def levels(findings: Sequence[stoker.Finding]) -> list[str]:
     return [finding.level for finding in findings]
-
-
-# ------------------------------------------------------------------ the container's limits
-
-
-def group(root: Path, folder: str, **files: str) -> None:
-    place = root / "sys" / "fs" / "cgroup" / folder
-    place.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (place / name.replace("__", ".")).write_text(text)
-
-
-def belongs_to(root: Path, text: str) -> None:
-    (root / "proc" / "self").mkdir(parents=True)
-    (root / "proc" / "self" / "cgroup").write_text(text)
-
-
-def test_the_least_limit_between_a_process_and_the_root_counts(tmp_path: Path) -> None:
-    belongs_to(tmp_path, "0::/work/job\n")
-    group(tmp_path, "work/job", cpu__max="max 100000", memory__max="max", memory__current="5")
-    group(tmp_path, "work", cpu__max="150000 100000", memory__max="9000", memory__current="4000")
-    group(tmp_path, "work", memory__stat="anon 1\ninactive_file 1000\n")
-    group(tmp_path, ".", memory__max="20000", memory__current="19000")
-    assert read_limits(tmp_path) == Limits(cores=1.5, memory=9000, memory_left=1000)
-
-
-def test_version_1_and_a_path_that_is_the_hosts(tmp_path: Path) -> None:
-    belongs_to(tmp_path, "7:memory:/on/the/host\n3:cpu,cpuacct:/\n0::/\n")
-    group(tmp_path, "cpu,cpuacct", cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
-    group(tmp_path, "memory", memory__limit_in_bytes="5000", memory__usage_in_bytes="1000")
-    assert read_limits(tmp_path) == Limits(cores=2.0, memory=5000, memory_left=4000)
-
-
-def test_no_limits(tmp_path: Path) -> None:
-    assert read_limits(tmp_path) == Limits()
-    belongs_to(tmp_path, "4:memory:/\n3:cpu:/\n")
-    group(tmp_path, "cpu", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
-    group(
-        tmp_path, "memory", memory__limit_in_bytes=str((1 << 63) - 4096), memory__usage_in_bytes="1"
-    )
-    assert read_limits(tmp_path) == Limits()
-
-
-def test_a_quota_of_less_than_a_core_leaves_one() -> None:
-    assert machine.usable_cores(Limits(cores=0.5)) == 1
-    assert machine.usable_cores(Limits(cores=1e6)) == machine.usable_cores(Limits())
 
 
 # ------------------------------------------------------------------ the machine

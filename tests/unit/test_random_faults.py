@@ -1,4 +1,4 @@
-"""Thousands of random lives of an engine: whatever goes wrong, nobody else pays for it, and nothing leaks.
+"""Random lives of an engine: whatever goes wrong, nobody else pays for it, and nothing leaks.
 
 Each life is drawn from one seed: a machine (lanes, KV memory, budgets), a policy, tenants, requests, readers,
 and faults of the runtime, the policy, an observer and the clients. After every step the engine's books are
@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 import stoker_plugins
-import stoker_policy_priority
 from stoker import (
     FinishReason,
     Observer,
@@ -70,13 +69,6 @@ PROMPTS = [
     + "".join(_dice.choices("abcdefgh ", k=_dice.randint(1, 30)))
     for i in range(60)
 ]
-
-
-def policies() -> list[PolicyInfo]:
-    return [
-        *stoker_plugins.stoker_register_policies(),
-        *stoker_policy_priority.stoker_register_policies(),
-    ]
 
 
 @functools.cache
@@ -142,9 +134,10 @@ class Life:
 
     Args:
         seed: Decides everything.
+        policy: Decides about the policy instead; it is one of the bundled ones.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, policy: PolicyInfo | None = None) -> None:
         self.dice = dice = random.Random(seed)
         self.seed = seed
         self.end_every = dice.choice([0, 11, 23])
@@ -183,10 +176,11 @@ class Life:
         self.num_raised = self.num_spoilt = 0
         self.spoils = dice.choice([0.0, 0.0, 0.1, 1.0])
         self.lanes = lanes
-        self.policy_name, policy = self._policy()
-        self.policy = policy
+        self.policy_name, self.policy = self._policy(policy)
         self.harness = EngineHarness(
-            FaultyPolicy(policy, self._spoil) if self.spoils or dice.random() < 0.3 else policy,
+            FaultyPolicy(self.policy, self._spoil)
+            if self.spoils or dice.random() < 0.3
+            else self.policy,
             runtime=self.runtime,
             scheduler=self._scheduler_config(),
             cache=CacheConfig(prefix_reuse=dice.random() < 0.8),
@@ -212,8 +206,8 @@ class Life:
 
     # ------------------------------------------------------------------ what it is made of
 
-    def _policy(self) -> tuple[str, SchedulingPolicy]:
-        info = self.dice.choice(policies())
+    def _policy(self, wanted: PolicyInfo | None) -> tuple[str, SchedulingPolicy]:
+        info = wanted or self.dice.choice(stoker_plugins.stoker_register_policies())
         options = () if info.options is None else (info.options(),)
         return info.name, info.factory(*options)
 
@@ -581,7 +575,15 @@ def test_random_lives(block: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(1, 17))
+@pytest.mark.parametrize("block", range(1, 7))
 def test_many_random_lives(block: int) -> None:
     for seed in range(block * 200, (block + 1) * 200):
         Life(seed).live()
+
+
+@pytest.mark.contrib
+@pytest.mark.slow
+def test_random_lives_under_a_policy_of_another_distribution() -> None:
+    (priority,) = pytest.importorskip("stoker_policy_priority").stoker_register_policies()
+    for seed in range(200):
+        Life(seed, priority).live()

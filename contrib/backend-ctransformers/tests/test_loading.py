@@ -15,7 +15,8 @@ import pytest
 
 import stoker
 from legacy_ggml import ARCHITECTURES, TOKENS, LegacyModel, make_model
-from stoker_backend_ctransformers import backend, machine, selftest
+from stoker import machine
+from stoker_backend_ctransformers import backend, selftest
 from stoker_backend_ctransformers.architectures import architecture_of_name
 from stoker_backend_ctransformers.backend import CTransformersBackend
 from stoker_backend_ctransformers.legacy_file import read_file

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stoker import EmbeddingInfo, EngineError, OutOfMemoryError
-from stoker_backend_gguf import machine
+from stoker import EmbeddingInfo, EngineError, OutOfMemoryError, machine
 from stoker_backend_gguf.embedder import plan_embedding
 from stoker_backend_gguf.options import GgufOptions
 from stoker_backend_gguf.runtime import GgufRuntime
@@ -104,7 +103,7 @@ def test_in_company_as_alone(
 
 
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     order=st.lists(st.integers(0, len(TEXTS) - 1), min_size=1, max_size=5),

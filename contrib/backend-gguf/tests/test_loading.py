@@ -13,7 +13,8 @@ import pytest
 
 import stoker
 import stoker_backend_gguf
-from stoker_backend_gguf import machine, native, selftest
+from stoker import machine
+from stoker_backend_gguf import native, selftest
 from stoker_backend_gguf.backend import GgufBackend
 from stoker_backend_gguf.options import GgufOptions
 
@@ -235,7 +236,7 @@ def test_how_a_child_ends(tmp_path, monkeypatch):
     assert outcomes[-99].crash == "signal 99"
 
 
-# ----------------------------------------------------------------------------- environment, log, machine
+# ----------------------------------------------------------------------------- environment, log
 
 
 @pytest.mark.model
@@ -246,28 +247,3 @@ def test_the_log_of_llama_cpp_goes_to_ours_at_debug(load, caplog, capfd):
     assert any("general.architecture" in record.getMessage() for record in lines)
     assert {record.levelno for record in lines} == {logging.DEBUG}
     assert capfd.readouterr() == ("", "")
-
-
-def test_limits_of_a_container_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    assert machine.usable_cores() >= 1
-    free = machine.available_memory()
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("2000000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 500000\n")
-    assert machine.usable_cores() == 1
-    assert machine.available_memory() == 1_500_000
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.usable_cores() >= 1
-    assert machine.available_memory() > free // 4
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (96_576_768, "96.6 MB"),
-     (1_509_949_440, "1.5 GB"), (2 * 10**12, "2.0 TB")],
-)  # fmt: skip
-def test_sizes_for_people(count, text):
-    assert machine.format_bytes(count) == text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -52,22 +54,43 @@ def test_a_mixed_step_computes_what_its_runs_give_alone(lanes, run):
     np.testing.assert_array_equal(got[3], want[3][0])
 
 
-@pytest.mark.parametrize("company", [[], [(1, TOKENS[:70], 0)], [(1, [5], 0), (2, [5, 6, 7], 0)]])
-@pytest.mark.parametrize("cuts", [[64, 128, 192], [192], [128, 192], [64, 192, 200, 205]])
-def test_whole_blocks_and_rests_give_the_same_bits_however_they_are_cut(lanes, run, cuts, company):
-    def prefill(pieces, company):
-        for lane in range(lanes.info.num_lanes):
-            lanes.truncate(lane, 0)
-        start = 0
-        for end in pieces:
-            rows = [(0, TOKENS[start:end], start), *company]
-            logits = run(lanes, *rows)[0]
+@pytest.fixture(scope="module")
+def prefill(partitioned, run):
+    """The logits after 220 tokens that are computed in pieces, with company in each step."""
+
+    def compute(cuts, company):
+        for lane in range(partitioned.info.num_lanes):
+            partitioned.truncate(lane, 0)
+        for start, end in itertools.pairwise([0, *cuts, 220]):
+            logits = run(partitioned, (0, TOKENS[start:end], start), *company)[0]
             for lane, _, _ in company:
-                lanes.truncate(lane, 0)
-            start = end
+                partitioned.truncate(lane, 0)
         return logits
 
-    np.testing.assert_array_equal(prefill([*cuts, 220], company), prefill([192, 220], []))
+    return compute
+
+
+@pytest.fixture(scope="module")
+def in_two(prefill):
+    return prefill([192], [])
+
+
+LONG, SHORT = [(1, TOKENS[:70], 0)], [(1, [5], 0), (2, [5, 6, 7], 0)]
+
+
+@pytest.mark.parametrize(
+    ("cuts", "company"),
+    [
+        *(([64, 128, 192], company) for company in ([], LONG, SHORT)),
+        ([128, 192], []),
+        *(([64, 192, 200, 205], company) for company in ([], LONG, SHORT)),
+        ([192], LONG),
+    ],
+)
+def test_whole_blocks_and_rests_give_the_same_bits_however_they_are_cut(
+    prefill, in_two, cuts, company
+):
+    np.testing.assert_array_equal(prefill(cuts, company), in_two)
 
 
 def test_a_later_pass_without_room_undoes_the_passes_before_it(lanes, run, build_step, monkeypatch):

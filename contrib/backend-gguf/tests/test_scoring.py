@@ -100,7 +100,7 @@ def check(entries: Sequence[TokenLogprob], expected: np.ndarray[Any, Any]) -> fl
     return largest
 
 
-@pytest.mark.parametrize(("repeats", "max_rows"), [(1, 10), (2, 512), (5, 70)])
+@pytest.mark.parametrize(("repeats", "max_rows"), [(1, 10), (2, 512), (3, 70)])
 def test_a_prompt_is_as_likely_as_llama_cpp_says(
     partitioned: GgufRuntime, monkeypatch: pytest.MonkeyPatch, max_rows: int, repeats: int
 ) -> None:

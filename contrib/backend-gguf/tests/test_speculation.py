@@ -65,8 +65,7 @@ def test_a_seeded_request_draws_the_same_tokens(runtime) -> None:
 
 def test_several_lanes_draft_each_for_itself(runtime) -> None:
     prompts = [COPY, STORY, COPY.replace("gamma", "omega")]
-    _, computed, accepted, _ = generate(runtime, NgramDrafter(2, 4), prompts)
-    texts, *_ = generate(runtime, NgramDrafter(2, 4), prompts)
+    texts, computed, accepted, _ = generate(runtime, NgramDrafter(2, 4), prompts)
     assert accepted > 30
     assert "gamma" in texts[0]
     assert "omega" in texts[2]

@@ -49,6 +49,15 @@ class TestSlidingWindow(BackendConformance):
         return under_test(gemma_folder, dtype="float32", kv="contiguous", embeddings=False)
 
 
+class TestPaged(BackendConformance):
+    @pytest.fixture
+    def backend(self, gemma_folder: Path) -> BackendUnderTest:
+        """Less memory than all lanes could fill."""
+        return under_test(
+            gemma_folder, dtype="float32", kv="paged", kv_tokens=200, embeddings=False
+        )
+
+
 class TestDrawnOnTheDevice(BackendConformance):
     @pytest.fixture
     def backend(self, tiny_folder: Path) -> BackendUnderTest:

@@ -64,18 +64,17 @@ def test_without_a_gpu_it_is_mps_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("flags : sse avx512f avx512_bf16", torch.bfloat16),
-        ("flags : sse amx_bf16 amx_tile", torch.bfloat16),
-        ("Features : asimd bf16", torch.bfloat16),
-        ("flags : sse avx2 avx512f", torch.float32),
+        ("sse avx512f avx512_bf16", torch.bfloat16),
+        ("sse amx_bf16 amx_tile", torch.bfloat16),
+        ("asimd bf16", torch.bfloat16),
+        ("sse avx2 avx512f", torch.float32),
         ("", torch.float32),
     ],
 )
 def test_cpus_compute_in_what_they_have_instructions_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, flags: str, expected: torch.dtype
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
-    monkeypatch.setattr(devices, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices, "cpu_flags", lambda: frozenset(flags.split()))
     assert devices.choose_dtype("auto", CPU) == expected
     assert devices.choose_dtype("float16", CPU) == torch.float16
 
@@ -92,15 +91,8 @@ def test_gpus_compute_in_what_they_support(monkeypatch: pytest.MonkeyPatch) -> N
 # ----------------------------------------------------------------------------- memory
 
 
-def test_limits_of_a_container_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
-    assert devices.usable_cores() >= 1
-    assert devices.free_memory(CPU) > 0
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("2000000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 500000\n")
-    assert devices.usable_cores() == 1
+def test_memory_of_the_cpu_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available_memory", lambda: 1_500_000)
     assert devices.free_memory(CPU) == 1_500_000
 
 
@@ -131,14 +123,6 @@ def test_bytes_of_a_token(llama_config: Callable[..., Any]) -> None:
     assert per_token(uneven, torch.bfloat16) == 4 * 16 * 2
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (1500, "1.5 kB"), (96_576_768, "96.6 MB"), (2 * 10**12, "2.0 TB")],
-)
-def test_sizes_for_people(count: int, text: str) -> None:
-    assert devices.format_bytes(count) == text
-
-
 # ----------------------------------------------------------------------------- lanes and contexts
 
 
@@ -159,6 +143,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, llama_config: Callable[..., Any]) -> C
         context: int | None = None,
         config: Any = None,
         device: torch.device = CPU,
+        block_size: int = 0,
         **options: Any,
     ) -> Plan:
         monkeypatch.setattr(planning, "free_memory", lambda _: free)
@@ -170,6 +155,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, llama_config: Callable[..., Any]) -> C
             weights_bytes=100_000_000,
             kv_bytes_per_token=1000,
             device=device,
+            block_size=block_size,
         )
 
     return make
@@ -196,6 +182,41 @@ def test_what_does_not_fit_is_refused_with_the_numbers(plan: Callable[..., Plan]
     with pytest.raises(stoker.OutOfMemoryError, match="use a smaller model"):
         plan(free=50_000_000)
     assert plan(free=50_000_000, check_memory=False).num_lanes == 1
+
+
+def test_lanes_with_memory_of_their_own_share_out_what_may_be_used(
+    plan: Callable[..., Plan],
+) -> None:
+    found = plan(kv_tokens=5000)  # two of 2048 tokens
+    assert (found.num_lanes, found.context_length, found.kv_capacity_tokens) == (2, 2048, 4096)
+    assert found.kv_bytes == 4_096_000
+    found = plan(kv_tokens=500)
+    assert (found.num_lanes, found.context_length, found.warnings) == (1, 500, ())
+    found = plan(lanes=4, context=2000, kv_tokens=5000)
+    assert (found.num_lanes, found.context_length, found.kv_bytes) == (4, 1250, 5_000_000)
+    assert "1250 tokens instead of 2000: kv_tokens = 5000" in found.warnings[0]
+    with pytest.raises(
+        stoker.ConfigError, match="kv_tokens = 3 is less than a token for each of 4"
+    ):
+        plan(lanes=4, kv_tokens=3)
+
+
+def test_lanes_that_share_blocks_may_be_more_than_the_memory_holds(
+    plan: Callable[..., Plan],
+) -> None:
+    # Of half of the memory: the weights, and 16 blocks in which lanes end.
+    found = plan(free=2 * (100_000_000 + 10_256_000), block_size=16)
+    assert (found.num_lanes, found.context_length) == (16, 2048)
+    assert (found.kv_capacity_tokens, found.block_size) == (10_000, 16)
+    assert 10_000_000 < found.kv_bytes <= 10_256_000 + 16_000
+    found = plan(lanes=40, kv_tokens=1000, block_size=16)
+    assert (found.num_lanes, found.context_length, found.kv_capacity_tokens) == (40, 1000, 1000)
+    assert plan(lanes=2, context=100, kv_tokens=1000, block_size=16).kv_capacity_tokens == 200
+    assert plan(free=50_000_000, block_size=16, check_memory=False).kv_capacity_tokens == 2048
+    with pytest.raises(
+        stoker.OutOfMemoryError, match=r"900000 tokens in blocks .* lower kv_tokens"
+    ):
+        plan(free=600_000_000, lanes=500, kv_tokens=900_000, block_size=16)
 
 
 @pytest.mark.parametrize(

@@ -167,14 +167,40 @@ def test_bfloat16_is_as_near_as_its_precision() -> None:
     assert agree[margin > 0.2 * truth.std()].all()
 
 
-def test_packed_layers_give_the_same_logits() -> None:
+@pytest.mark.parametrize("share", [True, False])
+def test_packed_layers_give_the_same_logits(share: bool) -> None:
     model = make_model("llama")
     truth = forward(model, TEXT)
-    assert pack_linear_layers(model) == 4 * 7 + 1
+    assert pack_linear_layers(model, share=share) == 4 * 7 + 1
     assert isinstance(model.lm_head, PackedLinear)
+    layer = model.model.layers[1]
+    assert (type(layer.self_attn.k_proj) is PackedLinear) == (not share)
     runtime = make_runtime(model)
     close(run(runtime, (0, TEXT[:40], 0), every=True), truth[:40])
     close(run(runtime, (0, TEXT[40:41], 40), (1, TEXT[:1], 0), every=True), truth[[40, 0]])
+
+
+def test_layers_share_a_product_only_of_the_same_input() -> None:
+    torch.manual_seed(3)
+    names = ("q_proj", "k_proj", "v_proj")
+    parent = torch.nn.Module()
+    for name in names:
+        setattr(parent, name, torch.nn.Linear(8, 4))
+    plain = {name: getattr(parent, name) for name in names}
+    assert pack_linear_layers(parent) == 3
+    one, other = torch.randn(2, 8), torch.randn(2, 8)
+    with torch.inference_mode():
+        # In their order, out of it, some of them, and with other inputs in between.
+        for name, rows in [
+            *((name, one) for name in names),
+            ("v_proj", one),
+            ("q_proj", other),
+            ("k_proj", one),
+            ("v_proj", other),
+            ("k_proj", other),
+        ]:
+            got = getattr(parent, name)(rows)
+            torch.testing.assert_close(got, plain[name](rows), rtol=1e-5, atol=1e-5)
 
 
 def test_what_our_attention_cannot_do_is_refused() -> None:
@@ -263,7 +289,7 @@ def test_tokens_drawn_by_the_runtime_are_its_logits_greatest() -> None:
 def test_compiled_layers_give_the_same_logits() -> None:
     model = make_model("gemma3")
     truth = forward(model, TEXT)
-    pack_linear_layers(model)
+    pack_linear_layers(model, share=False)
     runtime = make_runtime(model)
     assert runtime.compile() > 0
     close(run(runtime, (0, TEXT[:40], 0), every=True), truth[:40])

@@ -18,7 +18,11 @@ from transformers import (
 )
 
 import stoker
+from stoker_backend_torch.attention import KvMemory
+from stoker_backend_torch.block_attention import GatheredAttention
+from stoker_backend_torch.blocks import BlockTables
 from stoker_backend_torch.kv import ContiguousKv
+from stoker_backend_torch.paged import PagedKv
 from stoker_backend_torch.probe import look_at
 from stoker_backend_torch.runtime import TorchRuntime
 
@@ -73,9 +77,14 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def make_runtime(
-    model: Any, *, lanes: int = LANES, context: int = CONTEXT, samples: bool = False
+    model: Any,
+    *,
+    lanes: int = LANES,
+    context: int = CONTEXT,
+    samples: bool = False,
+    tables: BlockTables | None = None,
 ) -> TorchRuntime:
-    """A runtime over a model, which is the runtime's from then on."""
+    """A runtime over a model, which is the runtime's from then on; with tables its memory is paged."""
     dtype = next(model.parameters()).dtype
     device = torch.device("cpu")
     shapes, _ = look_at(model, "tiny", VOCABULARY)
@@ -90,7 +99,10 @@ def make_runtime(
         capabilities=stoker.Capabilities(copy_prefix=True, snapshot=True, samples=samples),
     )
     loaded: Any = SimpleNamespace(model=model, tokenizer=None, device=device, dtype=dtype)
-    return TorchRuntime(loaded, info, ContiguousKv(shapes, lanes, context, dtype, device))
+    memory: KvMemory = ContiguousKv(shapes, lanes, context, dtype, device)
+    if tables is not None:
+        memory = PagedKv(shapes, tables, GatheredAttention(device, dtype), dtype, device)
+    return TorchRuntime(loaded, info, memory)
 
 
 def build_step(*rows: tuple[int, list[int], int], every: bool = False) -> stoker.StepInput:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stoker.cli.common import State, config_option, json_option, print_json, size
+from stoker.cli.common import State, config_option, json_option, print_json
+from stoker.machine import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -159,7 +160,7 @@ def _tables(cache: Mapping[str, Any]) -> Iterable[RenderableType]:
                 f"{tier['entries']:,}",
                 f"{tier['tokens']:,}",
                 _size(tier["bytes"]),
-                "-" if tier["capacity_bytes"] is None else size(tier["capacity_bytes"]),
+                "-" if tier["capacity_bytes"] is None else format_bytes(tier["capacity_bytes"]),
                 f"{tier['pinned']:,}",
             ]
             for tier in cache["tiers"]
@@ -231,7 +232,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableT
 
 
 def _size(num_bytes: int) -> str:
-    return size(num_bytes) if num_bytes else "-"
+    return format_bytes(num_bytes) if num_bytes else "-"
 
 
 def _seconds(seconds: float) -> str:

@@ -32,7 +32,6 @@ __all__ = [
     "print_table",
     "print_wrapped",
     "report",
-    "size",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -176,16 +175,6 @@ def print_wrapped(text: str, start: str) -> None:
     )
     for number, line in enumerate(lines):
         click.echo((" " * len(start) if number else start) + line)
-
-
-def size(num_bytes: int) -> str:
-    """A size for people: ``98.4 MB``."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def base_url(config: Config) -> str:

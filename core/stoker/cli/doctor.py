@@ -78,7 +78,7 @@ def _examine(state: State, config_path: str | None, extra: str | None) -> Iterat
     import os
 
     from stoker.doctor import asking, installation, machine, threads
-    from stoker.doctor.limits import read_limits
+    from stoker.machine import available_memory, read_limits, usable_cores
 
     limits = read_limits()
     yield from machine.check_python()
@@ -86,14 +86,14 @@ def _examine(state: State, config_path: str | None, extra: str | None) -> Iterat
     yield from machine.check_memory(limits)
     yield from machine.check_disk(installation.folders(state.plugins))
     config, finding = _configuration(state, config_path)
-    cores = machine.usable_cores(limits)
+    cores = usable_cores(limits)
     yield from threads.check_threads(os.environ, config.performance.threads, cores)
     yield from threads.check_company(cores)
     yield from installation.check_plugins(state.plugins.listing(config))
     yield finding
     yield installation.check_port(config.server.host, config.server.port, _running(config))
     found = installation.find_models(config, state.plugins, extra)
-    yield from installation.check_models(found, machine.available_memory(limits))
+    yield from installation.check_models(found, available_memory(limits))
     models = [(model.backend, model.local) for model in found if model.backend and model.local]
     yield from asking.ask_backends(state.plugins, config, models)
 

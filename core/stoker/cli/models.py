@@ -14,9 +14,9 @@ from stoker.cli.common import (
     json_option,
     print_json,
     print_table,
-    size,
 )
 from stoker.errors import PluginError, StokerError
+from stoker.machine import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -86,7 +86,7 @@ def command(
             [
                 row.id,
                 row.reference,
-                size(row.size_bytes) if row.size_bytes is not None else "-",
+                format_bytes(row.size_bytes) if row.size_bytes is not None else "-",
                 row.backend or "-",
                 _state(row),
             ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from stoker.cli.common import State, debug_option, size
+from stoker.cli.common import State, debug_option
+from stoker.machine import format_bytes
 
 __all__ = ["command"]
 
@@ -21,4 +22,4 @@ def command(ctx: click.Context, reference: str) -> None:
     from stoker.discovery import resolve_model
 
     model = resolve_model(reference, State.of(ctx).plugins, progress=True)
-    click.echo(f"{model.path}  {size(model.size_bytes)}")
+    click.echo(f"{model.path}  {format_bytes(model.size_bytes)}")

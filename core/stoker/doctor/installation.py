@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 
 from stoker.config import DEFAULT_MODEL, ModelConfig
 from stoker.discovery import resolve_model, split_reference
-from stoker.doctor.machine import size
 from stoker.errors import StokerError
 from stoker.interfaces import Finding
+from stoker.machine import format_bytes
 
 if TYPE_CHECKING:
     from stoker.config import Config
@@ -131,8 +131,8 @@ def check_models(found: Sequence[FoundModel], available: int) -> Iterator[Findin
         yield Finding(
             level="warning",
             topic="models",
-            message=f"The models together are {size(total)} on disk, and {size(available)} of memory "
-            "are free.",
+            message=f"The models together are {format_bytes(total)} on disk, and {format_bytes(available)} "
+            "of memory are free.",
             cure="Use smaller models or quantisations of them, or end other programs.",
         )
 
@@ -177,9 +177,8 @@ def _find(reference: str, backend: str, config: Config, plugins: Plugins) -> Fou
             None,
             Finding(level="problem", topic="models", message=message, cure=cure),
         )
-    message = (
-        f"{local.model_id}{default}: {size(local.size_bytes)}, loaded by {name}, in {local.path}."
-    )
+    size = format_bytes(local.size_bytes)
+    message = f"{local.model_id}{default}: {size}, loaded by {name}, in {local.path}."
     return FoundModel(reference, local, name, Finding(level="ok", topic="models", message=message))
 
 

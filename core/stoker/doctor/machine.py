@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import shutil
@@ -15,31 +14,14 @@ from typing import Literal
 import psutil
 
 from stoker import __version__
-from stoker.doctor.limits import Limits, read_limits
 from stoker.interfaces import Finding
+from stoker.machine import Limits, available_memory, format_bytes, read_limits, usable_cores
 from stoker.profiles import data_folder, this_machine
 
-__all__ = [
-    "available_memory",
-    "check_cpu",
-    "check_disk",
-    "check_memory",
-    "check_python",
-    "size",
-    "usable_cores",
-]
+__all__ = ["check_cpu", "check_disk", "check_memory", "check_python"]
 
 _SCANT_MEMORY = 2**30
 _SCANT_DISK, _NO_DISK = 5 * 10**9, 2 * 10**8
-
-
-def size(num_bytes: float) -> str:
-    """``12.3 GB``; decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
 
 
 # --------------------------------------------------------------------------- Python
@@ -69,13 +51,6 @@ def check_python() -> Iterator[Finding]:
 
 
 # --------------------------------------------------------------------------- CPU
-
-
-def usable_cores(limits: Limits | None = None) -> int:
-    """Cores this process may use: by its affinity, and by its container's quota, rounded up."""
-    limits = read_limits() if limits is None else limits
-    cores = this_machine().cores
-    return cores if limits.cores is None else max(1, min(cores, math.ceil(limits.cores)))
 
 
 def check_cpu(
@@ -165,13 +140,6 @@ _X86 = (
 # --------------------------------------------------------------------------- memory and disk
 
 
-def available_memory(limits: Limits | None = None) -> int:
-    """Bytes that can be taken without swapping, by the system and by the container."""
-    limits = read_limits() if limits is None else limits
-    available = int(psutil.virtual_memory().available)
-    return available if limits.memory_left is None else min(available, limits.memory_left)
-
-
 def check_memory(limits: Limits | None = None) -> Iterator[Finding]:
     """How much there is, and how much of it is free.
 
@@ -181,15 +149,16 @@ def check_memory(limits: Limits | None = None) -> Iterator[Finding]:
     limits = read_limits() if limits is None else limits
     total = int(psutil.virtual_memory().total)
     if limits.memory is not None and limits.memory < total:
-        whose = f"{size(limits.memory)} by the container's limit, of the machine's {size(total)}"
+        whose = f"{format_bytes(limits.memory)} by the container's limit, "
+        whose += f"of the machine's {format_bytes(total)}"
     else:
-        whose = f"{size(total)}"
+        whose = format_bytes(total)
     available = available_memory(limits)
     scant = available < _SCANT_MEMORY
     yield Finding(
         level="warning" if scant else "ok",
         topic="memory",
-        message=f"{whose}; {size(available)} are free.",
+        message=f"{whose}; {format_bytes(available)} are free.",
         cure="Only very small models fit: end other programs." if scant else "",
     )
     swapped = psutil.swap_memory().used
@@ -197,7 +166,7 @@ def check_memory(limits: Limits | None = None) -> Iterator[Finding]:
         yield Finding(
             level="warning",
             topic="memory",
-            message=f"{size(swapped)} are swapped out: a model that is swapped is unusably slow.",
+            message=f"{format_bytes(swapped)} are swapped out: a model that is swapped is unusably slow.",
         )
 
 
@@ -235,7 +204,7 @@ def check_disk(folders: Mapping[str, Path]) -> Iterator[Finding]:
         yield Finding(
             level=level,
             topic="disk",
-            message=f"{size(free)} are free for {', '.join(what_in)}.",
+            message=f"{format_bytes(free)} are free for {', '.join(what_in)}.",
             cure=""
             if level == "ok"
             else "Make room, or point HF_HOME and XDG_CACHE_HOME elsewhere.",

@@ -14,6 +14,7 @@ import msgspec
 import psutil
 
 from stoker import LocalModel, ModelError
+from stoker.machine import available_memory
 from stoker.profiles import data_folder
 from stoker_plugins.tune.messages import Answer, Figures, Job, QualityJob
 from stoker_plugins.tune.report import Report, row_of
@@ -324,7 +325,7 @@ class Session:
             scale=scale,
             runs=("alone", "beside") if beside else ("alone",),
             limit_s=limit_s,
-            memory_bytes=int(_MEMORY_SHARE * psutil.virtual_memory().available),
+            memory_bytes=int(_MEMORY_SHARE * available_memory()),
             quality=quality,
         )
         answer = self._run_job(job)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import stoker
-from stoker_backend_ctransformers import machine
+from stoker import machine
 from stoker_backend_ctransformers.architectures import ARCHITECTURES, architecture_of_name
 from stoker_backend_ctransformers.legacy_file import MAGICS, LegacyFile, read_file
 from stoker_backend_ctransformers.native import Instance, NativeSettings, find_build

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from stoker import EngineError, ModelError
-from stoker_backend_ctransformers.machine import cpu_flags
+from stoker.machine import cpu_flags
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import stoker
-from stoker_backend_gguf import diagnosis, machine, tuning
+from stoker import machine
+from stoker_backend_gguf import diagnosis, tuning
 from stoker_backend_gguf.embedder import GgufEmbedder, plan_embedding
 from stoker_backend_gguf.gguf_header import MAGIC, GgufHeader, check_files
 from stoker_backend_gguf.kernels import describe_exactness
+from stoker_backend_gguf.kv_size import kv_bytes_per_token
 from stoker_backend_gguf.native import (
     NativeContext,
     NativeModel,
@@ -130,7 +132,7 @@ class GgufBackend(stoker.Backend):
                     native,
                     embedding,
                     vocab_size=tokenizer.vocab_size,
-                    kv_bytes_per_token=machine.kv_bytes_per_token(header, "f16", "f16"),
+                    kv_bytes_per_token=kv_bytes_per_token(header, "f16", "f16"),
                     check_memory=options.check_memory,
                 )
             window = 0 if native.swa_full else int(weights.lib.llama_model_n_swa(weights.pointer))
@@ -199,7 +201,7 @@ def _make_plan(
         warnings = (
             f"The context of {context} tokens exceeds the {trained} that the model was trained with.",
         )
-    per_token = machine.kv_bytes_per_token(header, options.kv_type_k, options.kv_type_v)
+    per_token = kv_bytes_per_token(header, options.kv_type_k, options.kv_type_v)
     available = machine.available_memory()
     padded = -(-context // _CELL_PADDING) * _CELL_PADDING
     lane_bytes = padded * per_token

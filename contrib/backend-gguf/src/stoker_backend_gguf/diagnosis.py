@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import stoker
-from stoker_backend_gguf.machine import cpu_flags
+from stoker.machine import cpu_flags
 from stoker_backend_gguf.native import library
 from stoker_backend_gguf.waiting import prepare_openmp
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import numpy as np
 
-from stoker import EmbeddingInfo, EngineError, OutOfMemoryError
-from stoker_backend_gguf import machine
+from stoker import EmbeddingInfo, EngineError, OutOfMemoryError, machine
 from stoker_backend_gguf.batch import Batch
 from stoker_backend_gguf.native import NativeContext, NativeModel, NativeSettings, take_errors
 

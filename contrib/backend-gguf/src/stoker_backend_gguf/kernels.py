@@ -12,7 +12,7 @@ import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stoker_backend_gguf import machine
+from stoker import machine
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet

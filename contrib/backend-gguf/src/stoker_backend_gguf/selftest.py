@@ -22,8 +22,8 @@ import msgspec
 import numpy as np
 
 from stoker import ModelError
+from stoker.machine import cpu_flags
 from stoker_backend_gguf.batch import Batch
-from stoker_backend_gguf.machine import cpu_flags
 from stoker_backend_gguf.native import NativeContext, NativeModel, NativeSettings, library_folder
 
 if TYPE_CHECKING:

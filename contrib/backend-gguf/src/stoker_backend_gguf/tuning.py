@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoker import ModelError, Requantization, Tunable, TunableValue
-from stoker_backend_gguf import __version__, machine
+from stoker import ModelError, Requantization, Tunable, TunableValue, machine
+from stoker_backend_gguf import __version__
 from stoker_backend_gguf.gguf_header import read_header
 from stoker_backend_gguf.native import library, library_folder, take_errors
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelCode", "find_code", "from_files", "missing_package", "one_line"]
 
+# Their configurations say is_decoder = false, and their attention is causal all the same.
+_ALWAYS_DECODERS = frozenset({"bert-generation", "gpt_neox", "gpt_neox_japanese"})
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCode:
@@ -154,7 +157,7 @@ def _read_config(checkpoint: Checkpoint, options: TorchOptions) -> Any:
 
 def _looks_both_ways(config: Any) -> bool:
     """Whether it is an encoder's configuration, whose class for generation is for its decoder variant."""
-    return not getattr(config, "is_decoder", True) and config.model_type != "bert-generation"
+    return not getattr(config, "is_decoder", True) and config.model_type not in _ALWAYS_DECODERS
 
 
 def _check_code(path: Path, code: ModelCode) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NAME",
     "KvMemory",
+    "LayerAttention",
     "LayerCall",
     "attach",
     "attend",
@@ -34,7 +35,9 @@ __all__ = [
 NAME = "stoker"
 _MEMORY = "stoker_kv_memory"
 _PLACE = "stoker_kv_place"
-_memories: weakref.WeakValueDictionary[int, KvMemory] = weakref.WeakValueDictionary()
+# Biases, and what sparse attention looks at. Layers that pass on one of them always do.
+_UNSUPPORTED = ("position_bias", "head_mask", "indices", "block_indices")
+_memories: weakref.WeakValueDictionary[int, LayerAttention] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +62,8 @@ class LayerCall:
         return not self.softcap and self.sinks is None
 
 
-class KvMemory(ABC):
-    """The keys and values of all lanes."""
-
-    @abstractmethod
-    def begin(self, batch: RaggedBatch) -> None:
-        """Prepare for a step; its lanes have room for it."""
+class LayerAttention(ABC):
+    """What layers attend with."""
 
     @abstractmethod
     def attend(
@@ -89,7 +88,50 @@ class KvMemory(ABC):
         """
 
 
-def attach(model: torch.nn.Module, memory: KvMemory | None) -> None:
+class KvMemory(LayerAttention):
+    """The keys and values of all lanes; how long each lane is, the runtime knows, too."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Its size."""
+
+    @abstractmethod
+    def reserve(self, batch: RaggedBatch) -> bool:
+        """Make room for a step's tokens; false, and nothing has changed, if there is none.
+
+        The lanes are within the context. A step that then fails is taken back by ``truncate``.
+        """
+
+    @abstractmethod
+    def begin(self, batch: RaggedBatch) -> None:
+        """Prepare for a step for which there is room."""
+
+    @abstractmethod
+    def truncate(self, lane: int, num_tokens: int) -> None:
+        """Keep a lane's first tokens and free the rest; a lane of no more tokens stays as it is."""
+
+    @abstractmethod
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Make the first tokens of one lane, which has as many, all that another one holds."""
+
+    @abstractmethod
+    def read(self, lane: int, num_tokens: int) -> bytes:
+        """The first tokens of a lane; the same bytes whatever the kind of memory (``snapshots.py``)."""
+
+    @abstractmethod
+    def write(self, lane: int, num_tokens: int, data: bytes) -> bool:
+        """Make what ``read`` gave all that a lane holds.
+
+        Returns:
+            Whether there was room; without, the lane is empty.
+
+        Raises:
+            ValueError: The data have another size; the lane is empty.
+        """
+
+
+def attach(model: torch.nn.Module, memory: LayerAttention | None) -> None:
     """Let a model's attention layers use a memory; ``None`` takes it away."""
     if memory is not None:
         _memories[id(memory)] = memory
@@ -121,7 +163,8 @@ def attend(
         query: ``[1, heads, T, key_dim]``.
         key: ``[1, kv_heads, T, key_dim]``.
         value: ``[1, kv_heads, T, value_dim]``.
-        attention_mask: Always ``None`` for an interface without masks of its own.
+        attention_mask: ``None``, as transformers makes none for an interface that it knows no masks for;
+            a model that makes one by itself cannot be served.
         scaling: What scores are multiplied with.
         sliding_window: Tokens that a token sees.
         softcap: See ``LayerCall``.
@@ -134,7 +177,7 @@ def attend(
     Raises:
         EngineError: The layer has no memory, or asks for something unknown.
     """
-    memory: KvMemory | None = getattr(module, _MEMORY, None)
+    memory: LayerAttention | None = getattr(module, _MEMORY, None)
     if memory is None:
         raise EngineError(f"{type(module).__name__} has no KV memory")
     if torch.compiler.is_compiling():
@@ -150,7 +193,9 @@ def attend(
             s_aux,
         )
         return out, None
-    for name in ("position_bias", "head_mask"):
+    if attention_mask is not None:
+        raise EngineError(f"{type(module).__name__} makes masks of its own, which is not supported")
+    for name in _UNSUPPORTED:
         if unused.get(name) is not None:
             raise EngineError(f"{type(module).__name__} wants {name}, which is not supported")
     call = LayerCall(

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import stoker
+from stoker.machine import available_memory, cpu_flags
 
-__all__ = [
-    "choose_device",
-    "choose_dtype",
-    "format_bytes",
-    "free_memory",
-    "kv_bytes_per_token",
-    "usable_cores",
-]
+__all__ = ["choose_device", "choose_dtype", "free_memory", "kv_bytes_per_token"]
 
-_CGROUP = Path("/sys/fs/cgroup")
-_CPU_INFO = Path("/proc/cpuinfo")
 # Instructions that compute with bfloat16 itself; Linux' names on x86 and Arm.
 _BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,7 +42,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if native else torch.float32
     if device.type == "mps":
         return torch.float16
-    return torch.bfloat16 if _BF16_FLAGS & _cpu_flags() else torch.float32
+    return torch.bfloat16 if _BF16_FLAGS & cpu_flags() else torch.float32
 
 
 def free_memory(device: torch.device) -> int:
@@ -66,29 +55,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         most = int(torch.mps.recommended_max_memory())
         return max(0, most - int(torch.mps.driver_allocated_memory()))
-    available = int(psutil.virtual_memory().available)
-    limit, used = _read(_CGROUP / "memory.max"), _read(_CGROUP / "memory.current")
-    if limit.isdigit() and used.isdigit():
-        # Cached files count as used by the container, but make way.
-        reclaimable = sum(
-            int(line.split()[1])
-            for line in _read(_CGROUP / "memory.stat").splitlines()
-            if line.startswith("inactive_file ")
-        )
-        available = min(available, max(0, int(limit) - int(used) + reclaimable))
-    return available
-
-
-def usable_cores() -> int:
-    """Cores this process may run on: its affinity, and its container's CPU quota, rounded up."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        cores = os.cpu_count() or 1
-    quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
-    if quota.isdigit() and period.strip().isdigit():
-        cores = min(cores, max(1, -(-int(quota) // int(period))))
-    return cores
+    return available_memory()
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
@@ -102,26 +69,27 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
         dtype: The type that keys and values are kept in.
     """
     layers = int(config.num_hidden_layers)
+    if getattr(
+        config, "is_heterogeneous", False
+    ):  # each layer has a configuration of its own (Gemma 4)
+        numbers = sum(_kv_numbers(part) for part in config.per_layer_config)
+    elif isinstance(kv_heads := getattr(config, "num_key_value_heads", None), (list, tuple)):
+        numbers = sum(_kv_numbers(config, int(heads)) for heads in kv_heads)
+    else:
+        numbers = layers * _kv_numbers(config)
+    return numbers * int(dtype.itemsize)
+
+
+def _kv_numbers(config: Any, kv_heads: int | None = None) -> int:
+    """Numbers of one token's key and value in one layer."""
     heads = int(config.num_attention_heads)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
-    key_width = value_width = int(width)
+    if kv_heads is None:
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     if getattr(config, "kv_lora_rank", None):
-        kv_heads = heads
         key_width = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
-        value_width = int(config.v_head_dim)
-    per_layer = list(kv_heads) if isinstance(kv_heads, (list, tuple)) else [kv_heads] * layers
-    return sum(map(int, per_layer)) * (key_width + value_width) * int(dtype.itemsize)
-
-
-def format_bytes(count: int) -> str:
-    """``1234567`` as ``1.2 MB``; decimal units."""
-    if count < 1000:
-        return f"{count} bytes"
-    for power, unit in ((1, "kB"), (2, "MB"), (3, "GB")):
-        if count < 1000 ** (power + 1):
-            return f"{count / 1000**power:.1f} {unit}"
-    return f"{count / 1000**4:.1f} TB"
+        return heads * (key_width + int(config.v_head_dim))
+    width = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    return kv_heads * 2 * int(width)
 
 
 def _present() -> list[str]:
@@ -130,19 +98,3 @@ def _present() -> list[str]:
     if torch.backends.mps.is_available():
         names.append("mps")
     return [*names, "cpu"]
-
-
-def _cpu_flags() -> frozenset[str]:
-    """The CPU's features as Linux names them; empty elsewhere."""
-    for line in _read(_CPU_INFO).splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in {"flags", "Features"}:
-            return frozenset(value.split())
-    return frozenset()
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

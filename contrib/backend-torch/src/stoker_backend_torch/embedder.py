@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from stoker_backend_torch.pooling import EmbeddingPlan, Pooling
 
-__all__ = ["TorchEmbedder", "group_by_length", "position_limit"]
+__all__ = ["TorchEmbedder", "group_by_length", "layers_of", "position_limit"]
 
 _CALL_TOKENS = 32
 """What a pass through the layers costs beyond its tokens, in tokens: dispatch, and weights that are read."""
@@ -51,7 +51,7 @@ class TorchEmbedder:
     def __init__(self, model: Any, plan: EmbeddingPlan, *, allow_pickle: bool = False) -> None:
         self._info = plan.info
         self._pooling = plan.pooling
-        self._layers: Any = model.base_model
+        self._layers: Any = layers_of(model)
         self._device: torch.device = self._layers.device
         self._heads = load_heads(plan.heads, self._device, allow_pickle=allow_pickle)
         config = self._layers.config.get_text_config()
@@ -253,9 +253,21 @@ def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups[::-1]
 
 
+def layers_of(model: Any) -> Any:
+    """A model without its head."""
+    layers = model.base_model
+    if layers is model and model.get_output_embeddings() is not None:
+        # Not under the name that its class says (Llama 4).
+        parts = (
+            part for part in model.children() if isinstance(part, transformers.PreTrainedModel)
+        )
+        layers = next(parts, model)
+    return layers
+
+
 def position_limit(model: Any) -> int | None:
     """Most tokens of a text for which a model has positions; ``None`` if it does not say."""
-    layers = model.base_model
+    layers = layers_of(model)
     most, _ = max_context(layers.config.get_text_config())
     if most is None:
         return None

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 import stoker
-from stoker_backend_torch.devices import choose_dtype, format_bytes, free_memory, usable_cores
+from stoker.machine import format_bytes, usable_cores
+from stoker_backend_torch.devices import choose_dtype, free_memory
 from stoker_backend_torch.embedder import TorchEmbedder, position_limit
 from stoker_backend_torch.embedding_runtime import EmbeddingRuntime
 from stoker_backend_torch.openmp import set_threads
@@ -90,7 +91,11 @@ def load_embedding_runtime(
     loaded = load_model(checkpoint, code, options, device=device, dtype=dtype)
     if recipe.lower_case:
         _check_lower_case(checkpoint, loaded)
-    num_packed = pack_linear_layers(loaded.model) if device.type == "cpu" else 0
+    num_packed = 0
+    if device.type == "cpu":
+        num_packed = pack_linear_layers(
+            loaded.model, lambda: loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+        )
     plan = _plan(loaded, recipe, options, settings.context_length)
     if plan is None:
         raise stoker.ModelError(f"{checkpoint.path} cannot embed")

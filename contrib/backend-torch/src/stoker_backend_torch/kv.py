@@ -2,8 +2,7 @@
 
 A layer's keys are one tensor ``[lanes, context, kv_heads, key_dim]``, and its values likewise. The decodes of
 neighbouring lanes are one masked call of attention over a slice of it, without copying; each longer run is a
-call over its lane. Queries that share a KV head are treated as rows of one query, so that no key is repeated.
-Layers with a sliding window keep everything, too: any truncation is exact.
+call over its lane. Layers with a sliding window keep everything, too: any truncation is exact.
 """
 
 from __future__ import annotations
@@ -14,7 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from stoker_backend_torch.attention import KvMemory, LayerCall, plain_attention
+from stoker_backend_torch.attention import KvMemory, LayerCall
+from stoker_backend_torch.dense import (
+    additive_mask,
+    decode_attention,
+    hidden_of_decodes,
+    hidden_of_run,
+    run_attention,
+)
+from stoker_backend_torch.snapshots import pack_tokens, unpack_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +105,7 @@ class ContiguousKv(KvMemory):
         value: torch.Tensor,
         call: LayerCall,
     ) -> torch.Tensor:
-        """See ``KvMemory.attend``."""
+        """See ``LayerAttention.attend``."""
         batch = self._batch
         if batch is None:
             raise RuntimeError("attention outside of a step")
@@ -119,38 +126,35 @@ class ContiguousKv(KvMemory):
             out[rows] = self._run(at, run, query[rows], keys, values, call)
         return out
 
+    def reserve(self, batch: RaggedBatch) -> bool:
+        """Whether there is room: always, as each lane has its own."""
+        return True
+
+    def truncate(self, lane: int, num_tokens: int) -> None:
+        """Nothing to do: what is behind a lane's length is nobody's."""
+
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first tokens of a lane to another one's beginning."""
+        if source == target:
+            return
         for part in (*self._keys, *self._values):
             part[target, :num_tokens] = part[source, :num_tokens]
 
     def read(self, lane: int, num_tokens: int) -> bytes:
-        """The first tokens of a lane: each layer's keys, then its values."""
-        parts = [
-            part[lane, :num_tokens].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        """See ``KvMemory.read``."""
+        return pack_tokens(
+            part[lane, :num_tokens]
             for pair in zip(self._keys, self._values, strict=True)
             for part in pair
-        ]
-        return b"".join(parts)
+        )
 
-    def write(self, lane: int, num_tokens: int, data: bytes) -> None:
-        """Put back what ``read`` gave.
-
-        Raises:
-            ValueError: It has another size.
-        """
-        size = self._dtype.itemsize * num_tokens * sum(shape.width for shape in self._shapes)
-        if len(data) != size:
-            raise ValueError(f"{len(data)} bytes are not the {size} of {num_tokens} tokens")
-        # Copied: torch wants memory that may be written to.
-        whole = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(self._dtype)
-        start = 0
-        for pair in zip(self._keys, self._values, strict=True):
-            for part in pair:
-                lane_part = part[lane, :num_tokens]
-                end = start + lane_part.numel()
-                lane_part.copy_(whole[start:end].view(lane_part.shape))
-                start = end
+    def write(self, lane: int, num_tokens: int, data: bytes) -> bool:
+        """See ``KvMemory.write``; there is always room."""
+        parts = unpack_tokens(data, self._shapes, num_tokens, self._dtype)
+        pairs = zip(self._keys, self._values, strict=True)
+        for part, tokens in zip((part for pair in pairs for part in pair), parts, strict=True):
+            part[lane, :num_tokens] = tokens.to(self._device)
+        return True
 
     # ------------------------------------------------------------------ attention
 
@@ -167,24 +171,15 @@ class ContiguousKv(KvMemory):
         span = slice(group.first_lane, group.last_lane + 1)
         longest = int(group.lengths.max())
         first = max(0, int(group.lengths.min()) - call.window) if call.window else 0
-        key = keys[span, first:longest].transpose(1, 2)
-        value = values[span, first:longest].transpose(1, 2)
         mask = self._decode_mask(at, group, first, longest, call.window)
-        kv_heads = key.shape[1]
         places: torch.Tensor | None = None
         if not group.is_dense:
             places = torch.from_numpy(group.lanes - group.first_lane).to(self._device)
-            spread = query.new_zeros(key.shape[0], *query.shape[1:])
+            spread = query.new_zeros(span.stop - span.start, *query.shape[1:])
             query = spread.index_copy_(0, places, query)
-        folded = query.reshape(len(query), kv_heads, -1, query.shape[-1])
-        if call.is_plain:
-            out = plain_attention(folded, key, value, mask, call)
-        else:
-            mask = None if mask is None else mask.unsqueeze(2)
-            out = plain_attention(
-                folded.unsqueeze(3), key.unsqueeze(2), value.unsqueeze(2), mask, call
-            ).squeeze(3)
-        out = out.reshape(len(query), query.shape[1], -1)
+        out = decode_attention(
+            query, keys[span, first:longest], values[span, first:longest], mask, call
+        )
         return out if places is None else out[places]
 
     def _decode_mask(
@@ -194,15 +189,13 @@ class ContiguousKv(KvMemory):
         if (at, window) in self._masks:
             return self._masks[at, window]
         width = group.last_lane - group.first_lane + 1
-        lengths = np.full(
-            width, longest, np.int64
-        )  # idle lanes see something: no row is all masked
+        # Idle lanes see something: no row is all masked.
+        lengths = np.full(width, longest, np.int64)
         lengths[group.lanes - group.first_lane] = group.lengths
-        places = np.arange(first, longest)
-        hidden = places >= lengths[:, None]
-        if window:
-            hidden |= places < lengths[:, None] - window
-        mask = self._as_mask(hidden[:, None, None]) if hidden.any() else None
+        hidden = hidden_of_decodes(lengths, np.arange(first, longest), window)
+        mask = None
+        if hidden.any():
+            mask = additive_mask(hidden[:, None, None], self._dtype, self._device)
         self._masks[at, window] = mask
         return mask
 
@@ -217,35 +210,18 @@ class ContiguousKv(KvMemory):
     ) -> torch.Tensor:
         """Several tokens of one lane: ``[n, heads, value_dim]``."""
         first = max(0, run.position + 1 - call.window) if call.window else 0
-        key = keys[run.lane, first : run.end].transpose(0, 1).unsqueeze(1)
-        value = values[run.lane, first : run.end].transpose(0, 1).unsqueeze(1)
-        kv_heads = key.shape[0]
-        count, heads, width = query.shape
-        folded = query.reshape(count, kv_heads, -1, width).permute(1, 2, 0, 3)
-        group = folded.shape[1]
-        # Views: nothing is repeated in memory.
-        key = key.expand(-1, group, -1, -1)
-        value = value.expand(-1, group, -1, -1)
-        is_causal = run.position == 0 and not 0 < call.window < count
+        is_causal = run.position == 0 and not 0 < call.window < len(query)
         mask = None if is_causal else self._run_mask(at, run, first, call.window)
-        out = plain_attention(folded, key, value, mask, call, is_causal=is_causal)
-        return out.permute(2, 0, 1, 3).reshape(count, heads, -1)
+        return run_attention(
+            query, keys[run.lane, first : run.end], values[run.lane, first : run.end], mask, call
+        )
 
     def _run_mask(self, at: int, run: Run, first: int, window: int) -> torch.Tensor:
         """``[tokens, end - first]``; made once for all layers with the same window."""
         slot = (-1 - at, window)
         mask = self._masks.get(slot)
         if mask is None:
-            own = np.arange(run.position, run.end)[:, None]
-            places = np.arange(first, run.end)
-            hidden = places > own
-            if window:
-                hidden |= places <= own - window
-            mask = self._masks[slot] = self._as_mask(hidden)
+            own, places = np.arange(run.position, run.end), np.arange(first, run.end)
+            hidden = hidden_of_run(own, places, window)
+            mask = self._masks[slot] = additive_mask(hidden, self._dtype, self._device)
         return mask
-
-    def _as_mask(self, hidden: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> torch.Tensor:
-        """Minus infinity where something is hidden, added to scores."""
-        mask = torch.zeros(hidden.shape, dtype=self._dtype)
-        mask.masked_fill_(torch.from_numpy(hidden), float("-inf"))
-        return mask.to(self._device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,15 @@ import msgspec
 import torch
 
 import stoker
+from stoker.machine import usable_cores
 from stoker_backend_torch.architectures import ModelCode, find_code
-from stoker_backend_torch.devices import (
-    choose_dtype,
-    kv_bytes_per_token,
-    usable_cores,
-)
+from stoker_backend_torch.choosing import AttentionShape, choose_block_size
+from stoker_backend_torch.devices import choose_dtype, kv_bytes_per_token
 from stoker_backend_torch.embedding_loading import load_embedding_runtime, make_embedder
-from stoker_backend_torch.kv import ContiguousKv
+from stoker_backend_torch.memory import make_memory
 from stoker_backend_torch.openmp import set_threads
 from stoker_backend_torch.packing import pack_linear_layers
-from stoker_backend_torch.planning import Plan, make_plan
+from stoker_backend_torch.planning import Plan, hidden_window, make_plan
 from stoker_backend_torch.probe import look_at
 from stoker_backend_torch.runtime import TorchRuntime
 from stoker_backend_torch.sampler import can_sample_on
@@ -89,25 +87,55 @@ def load_runtime(
     plan = _plan(request, code.text_config, _weights_bytes(checkpoint, code, dtype), device, dtype)
     set_threads(settings.threads or usable_cores())
     loaded = load_model(checkpoint, code, options, device=device, dtype=dtype)
-    shapes, _ = look_at(loaded.model, str(checkpoint.path), _num_logits(loaded))
+    num_packed = 0
+
+    def pack() -> None:
+        nonlocal num_packed
+        if device.type == "cpu":
+            num_packed = pack_linear_layers(
+                loaded.model,
+                lambda: loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.int64)),
+                share=not options.compile,
+            )
+
+    name = str(checkpoint.path)
+    shapes, windows = look_at(loaded.model, name, _num_logits(loaded), prepare=pack)
+    window = hidden_window(loaded.config, windows)
+    is_bound = window is not None and window < plan.context_length
+    if is_bound:
+        request = replace(
+            request, settings=msgspec.structs.replace(settings, context_length=window)
+        )
+        beyond = (
+            f"The context is {window} tokens instead of {plan.context_length}: beyond it the model hides "
+            "tokens by a sliding window that it does not tell attention of."
+        )
+        warnings = [*warnings, beyond]
     # Now it is known what a token takes; the configuration may have told it wrongly.
     per_token = sum(shape.width for shape in shapes) * dtype.itemsize
-    if per_token != kv_bytes_per_token(loaded.config, dtype):
+    if is_bound or per_token != kv_bytes_per_token(loaded.config, dtype):
         # The weights are there already: what is free need not hold them once more.
         plan = _plan(request, loaded.config, 0, device, dtype, per_token)
-    num_packed = pack_linear_layers(loaded.model) if device.type == "cpu" else 0
-    memory = ContiguousKv(shapes, plan.num_lanes, plan.context_length, dtype, device)
-    how = {**extra_settings, "linear_layers": "packed" if num_packed else "plain"}
-    info = _describe(request, loaded, plan, how, [*warnings, *plan.warnings])
+    shape = AttentionShape(
+        layers=shapes,
+        num_heads=int(loaded.config.num_attention_heads),
+        has_sinks=any(name.endswith("sinks") for name, _ in loaded.model.named_parameters()),
+    )
+    kv = make_memory(options, plan, shape, dtype, device)
+    how = {**extra_settings, **kv.settings, "linear_layers": "packed" if num_packed else "plain"}
+    info = _describe(request, loaded, plan, how, [*warnings, *plan.warnings, *kv.warnings])
     embedder, embedding = make_embedder(loaded, checkpoint, options, plan.context_length)
     if embedding is not None:
         can = msgspec.structs.replace(info.capabilities, embed=True)
         info = msgspec.structs.replace(info, capabilities=can, embedding=embedding)
     gc.collect()  # what loading left behind goes now, not within a step
-    runtime = TorchRuntime(loaded, info, memory, embedder)
+    runtime = TorchRuntime(loaded, info, kv.memory, embedder)
     if options.compile:
         seconds = runtime.compile()
         settings_now = {**runtime.info.settings, "compiled": f"in {seconds:.0f} s"}
+        runtime.info = msgspec.structs.replace(runtime.info, settings=settings_now)
+    if options.cuda_graphs and device.type == "cuda" and (sizes := runtime.record()):
+        settings_now = {**runtime.info.settings, "cuda_graphs": f"for 1 to {sizes[-1]} lanes"}
         runtime.info = msgspec.structs.replace(runtime.info, settings=settings_now)
     return runtime
 
@@ -129,8 +157,9 @@ def _plan(
             weights_bytes=weights_bytes,
             kv_bytes_per_token=kv_bytes_per_token(config, dtype) if kv_bytes is None else kv_bytes,
             device=device,
+            block_size=choose_block_size(request.options, device, dtype),
         )
-    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise stoker.ModelError(
             f"{request.checkpoint.path} has a configuration that makes no sense: {error}"
         ) from error
@@ -193,7 +222,8 @@ def _describe(
             truncation="any",
             copy_prefix=True,
             snapshot=True,
-            lane_locality=True,
+            lane_locality=not plan.block_size,
+            shares_kv=plan.block_size > 0,
             exact_block=0,  # matrix kernels are chosen by the number of rows
             samples=_samples(options.sampling, loaded.device),
         ),
@@ -202,7 +232,6 @@ def _describe(
             "device": str(loaded.device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "weights": options.weights,
-            "kv": "contiguous",
             "threads": str(torch.get_num_threads()),
             **extra_settings,
         },

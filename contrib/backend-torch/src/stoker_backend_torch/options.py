@@ -29,6 +29,13 @@ class TorchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         kv: Where keys and values live: a contiguous part for each lane, or blocks that lanes share
             (``paged``); ``auto`` pages on CUDA.
         kv_tokens: Most tokens of all lanes together; by default measured from the memory that is free.
+            Without paging each lane has an equal part of them.
+        block_size: Tokens of a block of paged memory, a multiple of 16; by default what the attention
+            wants: 256 with flash, 128 with flex, else 16.
+        attention: How attention reads blocks: ``flash`` (the package flash-attn), ``flex`` (compiled by
+            torch), or ``gathered``, which copies them side by side and works everywhere; ``auto`` takes the
+            first of these that works on CUDA, else ``gathered``.
+        cuda_graphs: Record steps of one token a lane on CUDA once, and replay them.
         sampling: Where tokens are drawn: on the ``device``, or on the ``host`` by the core; ``auto`` is
             the device unless that is the CPU.
         omp_wait_policy: What OpenMP's threads do while they wait; ``passive`` survives busy neighbours.
@@ -47,6 +54,9 @@ class TorchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     matryoshka: bool = False
     kv: Literal["auto", "contiguous", "paged"] = "auto"
     kv_tokens: _Count | None = None
+    block_size: Annotated[int, msgspec.Meta(ge=16, multiple_of=16)] | None = None
+    attention: Literal["auto", "flash", "flex", "gathered"] = "auto"
+    cuda_graphs: bool = True
     sampling: Literal["auto", "device", "host"] = "auto"
     omp_wait_policy: Literal["passive", "active", "default"] = "passive"
     check_memory: bool = True

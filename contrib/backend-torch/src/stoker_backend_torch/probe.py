@@ -2,8 +2,9 @@
 
 transformers has hundreds of decoders, and nothing in a configuration says surely what a layer's keys look
 like or whether a model needs more than the attention interface passes on (a bias by position, keys shared
-between layers, memory of another kind). So a loaded model computes a few tokens twice, with transformers' own
-attention and with ours; it is served only if both say the same.
+between layers, memory of another kind), or computes with the places of rows instead of their positions. So
+a loaded model computes two texts twice, one by one with transformers' own attention, and side by side in one
+row with ours; it is served only if both say the same.
 """
 
 from __future__ import annotations
@@ -13,29 +14,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stoker import EngineError, ModelError
-from stoker_backend_torch.attention import NAME, KvMemory, LayerCall, attach, plain_attention
+from stoker_backend_torch.attention import (
+    NAME,
+    LayerAttention,
+    LayerCall,
+    attach,
+    plain_attention,
+)
 from stoker_backend_torch.kv import LayerShape
 
 if TYPE_CHECKING:
-    from stoker_backend_torch.ragged import RaggedBatch
+    from collections.abc import Callable
 
 __all__ = ["look_at"]
 
-_NUM_TOKENS = 24
+_LENGTHS = (16, 8)  # of the two texts
+_NUM_TOKENS = sum(_LENGTHS)
 # How far logits of the same tokens may be apart, relative to how far they spread. Kernels differ in their
 # last bits, which layers amplify; something left out shows as a difference of the spread's own size.
 _TOLERANCE = {torch.float32: 0.002, torch.float16: 0.05, torch.bfloat16: 0.15}
 
 
-class _Recorder(KvMemory):
-    """No memory: one sequence that attends to itself, and a note of what each layer keeps."""
+class _Recorder(LayerAttention):
+    """No memory: two texts that attend to themselves, and a note of what each layer keeps."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
         self.windows: dict[int, int] = {}
-
-    def begin(self, batch: RaggedBatch) -> None:
-        """Nothing to prepare."""
 
     def attend(
         self,
@@ -45,7 +50,7 @@ class _Recorder(KvMemory):
         value: torch.Tensor,
         call: LayerCall,
     ) -> torch.Tensor:
-        """See ``KvMemory.attend``."""
+        """See ``LayerAttention.attend``."""
         if layer in self.shapes:
             raise EngineError(f"layer {layer} attends twice")
         count, kv_heads, key_dim = key.shape
@@ -53,7 +58,8 @@ class _Recorder(KvMemory):
         self.windows[layer] = call.window
         folded = query.reshape(count, kv_heads, -1, key_dim).permute(1, 2, 0, 3)
         places = torch.arange(count, device=query.device)
-        hidden = places > places[:, None]
+        is_second = places >= _LENGTHS[0]
+        hidden = (places > places[:, None]) | (is_second != is_second[:, None])
         if call.window:
             hidden |= places <= places[:, None] - call.window
         mask = torch.zeros(count, count, dtype=query.dtype, device=query.device)
@@ -69,13 +75,16 @@ class _Recorder(KvMemory):
         return out.permute(2, 0, 1, 3).reshape(count, query.shape[1], -1)
 
 
-def look_at(model: Any, name: str, vocab_size: int) -> tuple[list[LayerShape], list[int]]:
+def look_at(
+    model: Any, name: str, vocab_size: int, *, prepare: Callable[[], object] | None = None
+) -> tuple[list[LayerShape], list[int]]:
     """What a model's layers keep of a token; leaves the model with our attention.
 
     Args:
         model: A decoder with transformers' own attention.
         name: The model's name, for messages.
         vocab_size: Tokens to choose the test's from.
+        prepare: Changes the model between the two passes, which must not change what it says.
 
     Returns:
         For each layer what it keeps, and its sliding window (0 for none).
@@ -85,17 +94,26 @@ def look_at(model: Any, name: str, vocab_size: int) -> tuple[list[LayerShape], l
     """
     device = next(model.parameters()).device
     tokens = (torch.arange(_NUM_TOKENS, device=device) * 7919 + 11) % vocab_size
+    wanted = torch.arange(1, _NUM_TOKENS, device=device)
     recorder = _Recorder()
     with torch.inference_mode():
-        expected = model(input_ids=tokens[None], use_cache=False).logits.float()
         try:
+            alone = [
+                model(input_ids=text[None], use_cache=False).logits[0]
+                for text in tokens.split(_LENGTHS)
+            ]
+            if prepare is not None:
+                prepare()
             model.set_attn_implementation(NAME)
             attach(model, recorder)
-            positions = torch.arange(_NUM_TOKENS, device=device)[None]
-            got = model(input_ids=tokens[None], position_ids=positions, use_cache=False)
-        except ModelError:
-            raise
-        except Exception as error:
+            positions = torch.cat([torch.arange(count, device=device) for count in _LENGTHS])
+            together = model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=wanted,
+            ).logits[0]
+        except Exception as error:  # models raise anything
             raise ModelError(
                 f"{name}: this architecture ({type(model).__name__}) cannot be batched: {error}"
             ) from error
@@ -107,7 +125,13 @@ def look_at(model: Any, name: str, vocab_size: int) -> tuple[list[LayerShape], l
                 f"{name}: this architecture ({type(model).__name__}) does not keep keys and values in every "
                 "layer through transformers' attention interface; it cannot be batched"
             )
-        difference = float((got.logits.float() - expected).abs().max())
+        expected, got = torch.cat(alone)[wanted].float(), together.float()
+        if got.shape != expected.shape:
+            raise ModelError(
+                f"{name}: this architecture ({type(model).__name__}) gives logits of shape "
+                f"{list(got.shape)} where {list(expected.shape)} are wanted; it cannot be batched"
+            )
+        difference = float((got - expected).abs().max())
         spread = float(expected.std())
     dtype = next(model.parameters()).dtype
     if not difference <= _TOLERANCE.get(dtype, 0.15) * max(spread, 1e-6) * 4:

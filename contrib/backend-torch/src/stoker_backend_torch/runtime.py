@@ -18,8 +18,10 @@ from stoker import (
     StepInput,
     StepOutput,
 )
-from stoker_backend_torch.attention import attach
+from stoker_backend_torch.attention import KvMemory, attach
 from stoker_backend_torch.compiling import compile_layers
+from stoker_backend_torch.graphs import DecodeGraphs
+from stoker_backend_torch.paged import PagedKv
 from stoker_backend_torch.ragged import RaggedBatch, find_runs
 from stoker_backend_torch.sampler import TorchSampler
 
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stoker_backend_torch.embedder import TorchEmbedder
-    from stoker_backend_torch.kv import ContiguousKv
     from stoker_backend_torch.weights import LoadedModel
 
 __all__ = ["TorchRuntime"]
@@ -52,15 +53,16 @@ class TorchRuntime(Runtime):
         self,
         loaded: LoadedModel,
         info: RuntimeInfo,
-        memory: ContiguousKv,
+        memory: KvMemory,
         embedder: TorchEmbedder | None = None,
     ) -> None:
         self.info = info
         self.tokenizer = loaded.tokenizer
         self._model: Any = loaded.model
         self._device = loaded.device
-        self._memory: ContiguousKv | None = memory
+        self._memory: KvMemory | None = memory
         self._embedder = embedder
+        self._graphs: DecodeGraphs | None = None
         self._lengths = np.zeros(info.num_lanes, np.int64)
         self._sampler: TorchSampler | None = None
         if info.capabilities.samples:
@@ -73,7 +75,7 @@ class TorchRuntime(Runtime):
         attach(self._model, memory)
 
     def step(self, step: StepInput) -> StepOutput:
-        """Compute one ragged forward pass; ``no_room`` if a lane would overflow.
+        """Compute one ragged forward pass; ``no_room`` if a lane or the memory would overflow.
 
         Raises:
             EngineError: The step is malformed, or the model gave no finite shape; nothing changed.
@@ -85,9 +87,19 @@ class TorchRuntime(Runtime):
         batch = RaggedBatch.of(step, starts)
         if np.any(batch.ends > self.info.context_length):
             return StepOutput(logits=self._no_logits, no_room=True)
-        memory.begin(batch)
-        self._logits = self._forward(batch)
-        # Rows behind a lane's length are nobody's: a pass that failed has changed nothing.
+        with torch.inference_mode():
+            if not memory.reserve(batch):
+                return StepOutput(logits=self._no_logits, no_room=True)
+        try:
+            self._logits = None if self._graphs is None else self._graphs.run(batch)
+            if self._logits is None:
+                memory.begin(batch)
+                self._logits = self._forward(batch)
+        except BaseException:
+            # Rows behind a lane's length are nobody's: a pass that failed has changed nothing.
+            for lane in batch.touched.tolist():
+                memory.truncate(lane, int(self._lengths[lane]))
+            raise
         self._lengths[batch.touched] = batch.ends
         if not len(batch.wanted):
             return StepOutput(logits=self._no_logits)
@@ -115,6 +127,8 @@ class TorchRuntime(Runtime):
         }
         if not len(batch.wanted):
             self._model.base_model(**rows)  # without its head
+            if self._device.type == "cuda":  # or the next step would be charged for this one
+                torch.cuda.synchronize(self._device)
             return None
         wanted = torch.from_numpy(batch.wanted).to(self._device)
         logits: torch.Tensor = self._model(**rows, logits_to_keep=wanted).logits[0]
@@ -137,18 +151,29 @@ class TorchRuntime(Runtime):
         self._open()
 
         def warm_up(count: int) -> None:
-            self._lengths[0] = 0
+            self.truncate(0, 0)
             rows = np.arange(min(count, self.info.context_length), dtype=np.int32)
             same = np.zeros_like(rows)
             self.step(StepInput(same, rows, same, rows == rows[-1]))
-            self._lengths[0] = 0
+            self.truncate(0, 0)
 
         return compile_layers(self._model, self.info.name, warm_up)
 
+    def record(self) -> list[int]:
+        """Record decode steps as CUDA graphs, if attention can be recorded; the batch sizes that worked."""
+        memory = self._open()
+        if not isinstance(memory, PagedKv) or not memory.attention.is_static:
+            return []
+        graphs = DecodeGraphs(self._model, memory, self._device)
+        graphs.prepare()
+        self._graphs = graphs if graphs.sizes else None
+        return graphs.sizes
+
     def truncate(self, lane: int, num_tokens: int) -> int:
         """Keep the first ``num_tokens`` tokens of a lane; returns how many there are then."""
-        self._open()
+        memory = self._open()
         self._lengths[lane] = max(0, min(num_tokens, int(self._lengths[lane])))
+        memory.truncate(lane, int(self._lengths[lane]))
         return int(self._lengths[lane])
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
@@ -162,9 +187,8 @@ class TorchRuntime(Runtime):
             raise EngineError(
                 f"lane {source} holds {self._lengths[source]} tokens; {num_tokens} cannot be copied"
             )
-        if source != target and num_tokens:
-            with torch.inference_mode():
-                memory.copy_prefix(source, target, num_tokens)
+        with torch.inference_mode():
+            memory.copy_prefix(source, target, num_tokens)
         self._lengths[target] = num_tokens
 
     def snapshot(self, lane: int) -> bytes:
@@ -188,12 +212,13 @@ class TorchRuntime(Runtime):
         magic, fingerprint, num_tokens = _SNAPSHOT.unpack(head)
         if magic != _SNAPSHOT_MAGIC or fingerprint != self._fingerprint:
             raise EngineError("this is no snapshot of this model with this KV type")
-        self._lengths[lane] = 0
+        self.truncate(lane, 0)
         if num_tokens > self.info.context_length:
             return 0
         try:
             with torch.inference_mode():
-                memory.write(lane, num_tokens, snapshot[_SNAPSHOT.size :])
+                if not memory.write(lane, num_tokens, snapshot[_SNAPSHOT.size :]):
+                    return 0
         except ValueError as error:
             raise EngineError(f"the snapshot is damaged: {error}") from error
         self._lengths[lane] = num_tokens
@@ -219,11 +244,14 @@ class TorchRuntime(Runtime):
             self._embedder.close()
         if self._memory is not None:
             attach(self._model, None)
+        if self._graphs is not None:
+            self._graphs.close()
+        self._graphs = None
         self._memory = None
         self._model = None
         self._logits = None
 
-    def _open(self) -> ContiguousKv:
+    def _open(self) -> KvMemory:
         if self._memory is None:
             raise EngineError(f"the model {self.info.name} is closed")
         return self._memory

@@ -117,8 +117,9 @@ def _load_weights(
 ) -> Any:
     path = checkpoint.path
     arguments: dict[str, Any] = from_files(checkpoint, options) | {"dtype": dtype}
-    if code.generates:  # encoders that have no SDPA do without
-        arguments["attn_implementation"] = "sdpa"
+    if code.generates:  # what is compared with ours; some models have no SDPA (Gemma 2, gpt-oss)
+        has_sdpa = getattr(code.model_class, "_supports_sdpa", True)
+        arguments["attn_implementation"] = "sdpa" if has_sdpa else "eager"
     if checkpoint.kind == "gguf":
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:

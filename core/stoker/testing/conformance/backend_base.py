@@ -11,7 +11,7 @@ import pytest
 from stoker.interfaces import Backend, LoadSettings, Runtime
 from stoker.testing.conformance.base import check, default_options, fail
 from stoker.testing.conformance.descriptors import DescriptorConformance
-from stoker.testing.conformance.driving import Cuts, LaneDriver, Reference
+from stoker.testing.conformance.driving import LaneDriver, Reference
 from stoker.testing.conformance.subjects import BackendUnderTest
 
 __all__ = ["BackendSuite", "load", "settings_of"]
@@ -69,11 +69,6 @@ class BackendSuite(DescriptorConformance):
         if not runtime.info.capabilities.generates:
             pytest.skip("the model embeds and generates nothing (Capabilities.generates)")
         return LaneDriver(runtime)
-
-    @pytest.fixture
-    def cuts(self, runtime: Runtime) -> Cuts:
-        """How prompts may be cut."""
-        return Cuts(runtime)
 
     @pytest.fixture
     def references(

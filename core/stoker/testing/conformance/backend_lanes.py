@@ -66,8 +66,7 @@ class BackendLanes(BackendSuite):
         order = [driver.info.num_lanes - 1, *range(driver.info.num_lanes - 1)][:3]
         mine = dict(zip(order, some(references, len(order)), strict=True))
         # Of one length, so that each prompt is computed in one piece and still beside the others.
-        cuts = Cuts(driver.runtime)
-        pieces = {lane: cuts.plain(len(one.prompt)) for lane, one in mine.items()}
+        pieces = {lane: driver.cuts.plain(len(one.prompt)) for lane, one in mine.items()}
         rows = _prefill_together(driver, {lane: one.prompt for lane, one in mine.items()}, pieces)
         for at in range(backend.num_tokens):
             if at:
@@ -79,18 +78,14 @@ class BackendLanes(BackendSuite):
                 check_same(rows[lane], one.rows[at], backend.tolerance, beside, _MIX)
 
     def test_chunked_is_as_whole(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """A prompt computed in several steps gives other logits than in one.
 
         To fix: positions go on where the lane ends, and each chunk attends to all that is in the lane.
         """
         one = references[0]
-        for name, lengths in cuts.others(len(one.prompt)).items():
+        for name, lengths in driver.cuts.others(len(one.prompt)).items():
             driver.truncate(0, 0)
             row = driver.prefill(0, one.prompt, lengths)
             _check_text(
@@ -112,7 +107,7 @@ class BackendLanes(BackendSuite):
             _check_text(backend, driver, one, row, f"a prompt of {count} tokens cut after {cut}")
 
     def test_promised_cuts_give_the_same_bits(
-        self, driver: LaneDriver, cuts: Cuts, references: list[Reference]
+        self, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """``Capabilities.exact_block`` promises more than the runtime keeps.
 
@@ -122,6 +117,7 @@ class BackendLanes(BackendSuite):
         To fix: raise ``exact_block``, ``exact_from``, or set ``exact_tail="whole"``, until it holds; or
         promise nothing (``exact_block=0``).
         """
+        cuts = driver.cuts
         if not cuts.is_promised:
             pytest.skip("capabilities.exact_block is 0: the runtime promises no bits")
         one = references[0]
@@ -144,11 +140,7 @@ class BackendLanes(BackendSuite):
             )
 
     def test_prefill_and_decode_mix(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """A step that decodes one lane and prefills another gives other logits than either alone.
 
@@ -156,8 +148,8 @@ class BackendLanes(BackendSuite):
         """
         lanes_needed(driver, 2)
         first, second = some(references, 2)
-        row = driver.prefill(1, first.prompt, cuts.plain(len(first.prompt)))
-        lengths = cuts.others(len(second.prompt))["into uneven pieces"]
+        row = driver.prefill(1, first.prompt)
+        lengths = driver.cuts.others(len(second.prompt))["into uneven pieces"]
         done, chunk_row = 0, row
         for at, length in enumerate(lengths):
             chunk = Run(0, second.prompt[done : done + length])
@@ -174,11 +166,7 @@ class BackendLanes(BackendSuite):
         _check_text(backend, driver, second, chunk_row, "a prompt chunked beside a decoding lane")
 
     def test_rows_are_those_that_were_asked_for(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """Logits come back for other positions than those of ``wants_logits``.
 
@@ -186,7 +174,7 @@ class BackendLanes(BackendSuite):
         lane in the middle of the step; gather exactly those rows, in their order.
         """
         one, other = some(references, 2)
-        prompt = _one_piece(one.prompt, cuts)
+        prompt = _one_piece(one.prompt, driver.cuts)
         alone = driver.step(Run(0, prompt))[0]
         driver.truncate(0, 0)
         every = driver.step(Run(0, prompt, "all"))
@@ -199,7 +187,7 @@ class BackendLanes(BackendSuite):
         if driver.info.num_lanes < 2:
             return
         room = max(4, driver.info.max_step_tokens - len(prompt))
-        second = _one_piece(other.prompt[:room], cuts)
+        second = _one_piece(other.prompt[:room], driver.cuts)
         driver.truncate(0, 0)
         mixed = driver.step(Run(1, second, [1, 3]), Run(0, prompt, [2]))
         driver.truncate(1, 0)
@@ -217,7 +205,7 @@ class BackendLanes(BackendSuite):
         """
         one = references[0]
         few = 3
-        driver.prefill(0, one.prompt, Cuts(driver.runtime).plain(len(one.prompt)))
+        driver.prefill(0, one.prompt)
         rows = driver.step(Run(0, one.tokens[:few], "all"))
         for index, row in enumerate(rows):
             check_same(

@@ -9,7 +9,7 @@ import pytest
 
 from stoker.testing.conformance.backend_base import BackendSuite, lanes_needed, some
 from stoker.testing.conformance.base import check, fail
-from stoker.testing.conformance.driving import Cuts, LaneDriver, Reference, Run, check_same
+from stoker.testing.conformance.driving import LaneDriver, Reference, Run, check_same
 from stoker.testing.conformance.subjects import BackendUnderTest
 
 if TYPE_CHECKING:
@@ -28,11 +28,7 @@ class BackendMemory(BackendSuite):
     """Truncation, copies and snapshots are exact, lanes leak nothing, and no room is an answer."""
 
     def test_truncate_and_go_on(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """After ``truncate`` a lane goes on otherwise than one that never held more.
 
@@ -42,9 +38,9 @@ class BackendMemory(BackendSuite):
         one, other = some(references, 2)
         count = len(one.prompt)
         for asked in sorted({1, count // 2, count - 1, count}):
-            keep = cuts.kept(asked, count)
+            keep = driver.cuts.kept(asked, count)
             driver.truncate(0, 0)
-            driver.prefill(0, one.prompt, cuts.plain(count))
+            driver.prefill(0, one.prompt)
             driver.follow(0, other.tokens[:3])  # what must be forgotten
             kept = driver.truncate(0, keep)
             check(
@@ -55,14 +51,14 @@ class BackendMemory(BackendSuite):
             _go_on(backend, driver, 0, one, f"after truncate(0, {keep}) of {count + 3} tokens")
 
     def test_truncate_keeps_no_more_than_there_is(
-        self, driver: LaneDriver, cuts: Cuts, references: list[Reference]
+        self, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """``truncate`` says that a lane holds tokens which it does not hold.
 
         To fix: return the smaller of ``num_tokens`` and the lane's length.
         """
         one = references[0]
-        driver.prefill(0, one.prompt, cuts.plain(len(one.prompt)))
+        driver.prefill(0, one.prompt)
         kept = driver.truncate(0, driver.info.context_length)
         check(
             kept == len(one.prompt),
@@ -92,11 +88,7 @@ class BackendMemory(BackendSuite):
                 _go_on(backend, driver, lane, one, f"in lane {lane} after an aborted request")
 
     def test_an_abort_does_not_disturb_others(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """Freeing one lane changes what another one computes.
 
@@ -104,7 +96,7 @@ class BackendMemory(BackendSuite):
         """
         lanes_needed(driver, 2)
         one, other = some(references, 2)
-        driver.prefill(1, one.prompt, cuts.plain(len(one.prompt)))
+        driver.prefill(1, one.prompt)
         for at, token in enumerate(one.tokens[:-1]):
             driver.truncate(0, 0)
             driver.prefill(0, other.prompt[: 4 + at], [4 + at])
@@ -117,11 +109,7 @@ class BackendMemory(BackendSuite):
     # ------------------------------------------------------------------ copies and snapshots
 
     def test_a_copied_prefix_is_as_computed(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """A lane that was given a prefix of another one gets another text than one that computed it.
 
@@ -132,20 +120,16 @@ class BackendMemory(BackendSuite):
         one, other = some(references, 2)
         count = len(one.prompt)
         for asked in sorted({2, count // 2, count - 1, count}):
-            length = cuts.kept(asked, count)
+            length = driver.cuts.kept(asked, count)
             for lane in (0, 1):
                 driver.truncate(lane, 0)
-            driver.prefill(0, one.prompt, cuts.plain(count))
-            driver.prefill(1, other.prompt, cuts.plain(len(other.prompt)))  # must be gone
+            driver.prefill(0, one.prompt)
+            driver.prefill(1, other.prompt)  # must be gone
             _copy(driver, 0, 1, length)
             _go_on(backend, driver, 1, one, f"after copy_prefix of {length} of {count} tokens")
 
     def test_a_copy_and_its_source_go_their_own_ways(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """What happens to the source after ``copy_prefix`` changes the copy, or the other way round.
 
@@ -155,7 +139,7 @@ class BackendMemory(BackendSuite):
         lanes_needed(driver, 2)
         one, other = some(references, 2)
         count = len(one.prompt)
-        driver.prefill(0, one.prompt, cuts.plain(count))
+        driver.prefill(0, one.prompt)
         _copy(driver, 0, 1, count)
         driver.follow(1, other.tokens[:2])  # the copy goes on
         for at, token in enumerate(one.tokens[:2]):
@@ -164,15 +148,11 @@ class BackendMemory(BackendSuite):
         driver.truncate(1, 0)
         _copy(driver, 0, 1, count)
         driver.truncate(0, 0)  # the source ends, and its lane is used by somebody else
-        driver.prefill(0, other.prompt, cuts.plain(len(other.prompt)))
+        driver.prefill(0, other.prompt)
         _go_on(backend, driver, 1, one, "a copy whose source was freed and used again")
 
     def test_copying_nothing_empties_the_target(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """``copy_prefix(source, target, 0)`` leaves something in the target.
 
@@ -181,17 +161,13 @@ class BackendMemory(BackendSuite):
         _needs(driver, "copy_prefix")
         lanes_needed(driver, 2)
         one, other = some(references, 2)
-        driver.prefill(0, other.prompt, cuts.plain(len(other.prompt)))
-        driver.prefill(1, other.prompt, cuts.plain(len(other.prompt)))
+        driver.prefill(0, other.prompt)
+        driver.prefill(1, other.prompt)
         _copy(driver, 0, 1, 0)
         _go_on(backend, driver, 1, one, "after copy_prefix of nothing")
 
     def test_a_restored_snapshot_is_as_computed(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """A lane that was restored from a snapshot gets another text than one that computed its KV.
 
@@ -201,14 +177,14 @@ class BackendMemory(BackendSuite):
         _needs(driver, "snapshot")
         one, other = some(references, 2)
         target = driver.info.num_lanes - 1
-        driver.prefill(0, one.prompt, cuts.plain(len(one.prompt)))
+        driver.prefill(0, one.prompt)
         snapshot = driver.runtime.snapshot(0)
         check(
             isinstance(snapshot, bytes), f"snapshot() returned {type(snapshot).__name__}, not bytes"
         )
         _go_on(backend, driver, 0, one, "the lane that a snapshot was made of")
         driver.truncate(target, 0)
-        driver.prefill(target, other.prompt, cuts.plain(len(other.prompt)))  # must be gone
+        driver.prefill(target, other.prompt)  # must be gone
         restored = driver.runtime.restore(target, snapshot)
         check(
             restored == len(one.prompt),
@@ -221,11 +197,7 @@ class BackendMemory(BackendSuite):
     # ------------------------------------------------------------------ no room
 
     def test_a_full_lane_is_an_answer(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """A step beyond ``context_length`` raises, computes, or changes lanes, instead of saying ``no_room``.
 
@@ -234,11 +206,11 @@ class BackendMemory(BackendSuite):
         one = references[0]
         limit = driver.info.context_length
         filler = (one.prompt * (limit // len(one.prompt) + 1))[: limit - 1]
-        driver.prefill(0, filler, cuts.plain(len(filler)))
+        driver.prefill(0, filler)
         runs = [Run(0, one.tokens[:2])]
         room = driver.info.kv_capacity_tokens >= limit + len(one.prompt) + backend.num_tokens
         if driver.info.num_lanes > 1 and room:
-            driver.prefill(1, one.prompt, cuts.plain(len(one.prompt)))
+            driver.prefill(1, one.prompt)
             runs.insert(0, Run(1, one.tokens[:1]))
         _expect_no_room(driver, *runs)
         if len(runs) > 1:
@@ -248,11 +220,7 @@ class BackendMemory(BackendSuite):
         check(len(logits) == 1, "a lane could not be filled to context_length", _ROOM)
 
     def test_full_memory_is_an_answer(
-        self,
-        backend: BackendUnderTest,
-        driver: LaneDriver,
-        cuts: Cuts,
-        references: list[Reference],
+        self, backend: BackendUnderTest, driver: LaneDriver, references: list[Reference]
     ) -> None:
         """When all lanes together hold ``kv_capacity_tokens``, a step raises or changes something.
 
@@ -265,7 +233,7 @@ class BackendMemory(BackendSuite):
             )
         lanes_needed(driver, 2)
         one = references[0]
-        driver.prefill(0, one.prompt, cuts.plain(len(one.prompt)))
+        driver.prefill(0, one.prompt)
         lane, refused = 1, None
         while refused is None:
             check(lane < info.num_lanes, "the lanes hold more than kv_capacity_tokens", _ROOM)
@@ -324,11 +292,10 @@ def _go_on(
     backend: BackendUnderTest, driver: LaneDriver, lane: int, one: Reference, problem: str
 ) -> None:
     """Compute what a lane lacks of a prompt, and the text after it: it must be the reference."""
-    cuts = Cuts(driver.runtime)
     start, count = driver.lengths[lane], len(one.prompt)
     got: list[NDArray[np.float32]] = []
     if start < count:
-        got.append(driver.prefill(lane, one.prompt[start:], cuts.rest(start, count)))
+        got.append(driver.prefill(lane, one.prompt[start:], driver.cuts.rest(start, count)))
     got += driver.follow(lane, one.tokens[:-1])
     for row, want in zip(got, one.rows[-len(got) :], strict=True):
         check_same(row, want, backend.tolerance, problem, f"{_LEAK} {_COPY}")

@@ -8,7 +8,7 @@ import pytest
 
 from stoker.testing.conformance.backend_base import BackendSuite, lanes_needed, some
 from stoker.testing.conformance.base import check
-from stoker.testing.conformance.driving import Cuts, LaneDriver, Reference, Run
+from stoker.testing.conformance.driving import LaneDriver, Reference, Run
 from stoker.testing.conformance.subjects import BackendUnderTest
 from stoker.testing.pytest_plugin import SPEED_OPTION
 
@@ -57,10 +57,9 @@ class BackendSpeed(BackendSuite):
 
 def _tokens_per_s(driver: LaneDriver, references: list[Reference], num_steps: int) -> float:
     """Tokens per second of steps that decode all of these at once."""
-    cuts = Cuts(driver.runtime)
     for lane, one in enumerate(references):
         driver.truncate(lane, 0)
-        driver.prefill(lane, one.prompt, cuts.plain(len(one.prompt)))
+        driver.prefill(lane, one.prompt)
     started_s = time.perf_counter()
     for at in range(num_steps):
         driver.step(*(Run(lane, [one.tokens[at]]) for lane, one in enumerate(references)))

@@ -55,11 +55,13 @@ class LaneDriver:
 
     Attributes:
         lengths: Tokens in each lane.
+        cuts: How prompts may be cut.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.info = runtime.info
+        self.cuts = Cuts(runtime)
         self.lengths = [0] * runtime.info.num_lanes
         for lane in range(runtime.info.num_lanes):
             self.truncate(lane, 0)
@@ -127,11 +129,17 @@ class LaneDriver:
         return int(kept)
 
     def prefill(
-        self, lane: int, tokens: Sequence[int], lengths: Iterable[int]
+        self, lane: int, tokens: Sequence[int], lengths: Iterable[int] | None = None
     ) -> NDArray[np.float32]:
-        """Compute tokens in pieces of these lengths; the logits of the last one, ``float32[vocab]``."""
+        """Compute tokens in pieces; the logits of the last one, ``float32[vocab]``.
+
+        Args:
+            lane: The lane.
+            tokens: The tokens.
+            lengths: Of the pieces; by default as long as they can be in an empty lane.
+        """
         at = 0
-        *firsts, last = lengths
+        *firsts, last = self.cuts.plain(len(tokens)) if lengths is None else lengths
         for length in firsts:
             self.step(Run(lane, tokens[at : at + length], "none"))
             at += length
@@ -229,7 +237,7 @@ class Reference:
     def compute(cls, driver: LaneDriver, prompt: list[int], count: int, lane: int = 0) -> Reference:
         """Generate ``count`` tokens greedily in an empty lane, which is emptied afterwards."""
         driver.truncate(lane, 0)
-        row = driver.prefill(lane, prompt, Cuts(driver.runtime).plain(len(prompt)))
+        row = driver.prefill(lane, prompt)
         tokens, rows = [int(row.argmax())], [row]
         while len(tokens) < count:
             row = driver.step(Run(lane, tokens[-1:]))[0]
