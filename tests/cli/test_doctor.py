@@ -173,6 +173,8 @@ def test_results_are_told_with_their_advice() -> None:
         result("is quick [two]", "skipped", "No."),
         result("is early [one]", "skipped", "No."),
         result("is light", "passed"),
+        result("is fine [one]", "passed"),
+        result("is fine [two]", "passed"),
     ]
     assert list(report_lines(results)) == [
         "policy unruly",
@@ -192,6 +194,7 @@ def test_results_are_told_with_their_advice() -> None:
         "           No.",
         "           (and so: is early [one])",
         "  ok       is light",
+        "  ok       is fine (2 cases)",
         "",
     ]
     assert "           x.py" in report_lines(results, tracebacks=True)

@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -56,6 +57,29 @@ def test_the_pages_python_blocks_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "plugins.md").read_text(), re.DOTALL)
     assert len(blocks) >= 2
     exec(compile("\n".join(blocks), "plugins.md", "exec"), {})
+
+
+async def test_the_middleware_of_the_page_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "plugins.md").read_text(), re.DOTALL)
+    (text,) = [block for block in blocks if "class Pause" in block]
+    module = {"__name__": "pause"}
+    exec(compile(text, "plugins.md", "exec"), module)
+    register = cast(Any, module["stoker_register_middleware"])
+    (info,) = register()
+    middleware = info.factory(None)
+    request = stoker.Request(
+        request_id="1", model="m", prompt_token_ids=[1], sampling=stoker.SamplingParams()
+    )
+    monkeypatch.chdir(tmp_path)
+    assert await middleware.on_request(request) is request
+    (tmp_path / "pause").touch()
+    with pytest.raises(stoker.UnavailableError) as refused:
+        await middleware.on_request(request)
+    assert (refused.value.status_code, refused.value.code) == (503, "paused")
+    request.tenant = "operators"
+    assert await middleware.on_request(request) is request
 
 
 def specs() -> dict[str, str]:

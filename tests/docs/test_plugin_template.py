@@ -120,6 +120,24 @@ def test_the_rendered_projects_are_tidy(workshop: Workshop) -> None:
         workshop.run("-m", "ruff", *command, "--quiet", "--no-cache", *sources)
 
 
+def test_names_and_summaries_of_any_length_leave_it_tidy(tmp_path: Path) -> None:
+    for kind in KINDS:
+        answers = {"kind": kind, "name": "a-name-of-22-characters"[:22], "summary": "x" * 75}
+        render(tmp_path / kind, **answers, author="Ada Example")
+    for command in (["check"], ["format", "--check"]):
+        call = [sys.executable, "-m", "ruff", *command, "--quiet", "--no-cache", str(tmp_path)]
+        done = subprocess.run(call, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_doctor_finds_nothing_wrong_with_the_backend(workshop: Workshop) -> None:
+    corpus, model = workshop.folder / "text.txt", "doctor.my-backend"
+    corpus.write_text(CORPUS)
+    train = "from stoker_backend_my_backend.model_file import main; main()"
+    workshop.run("-c", train, str(corpus), model)
+    workshop.run("-m", "stoker", "doctor", "my-backend", "--model", model)
+
+
 def test_they_are_listed_and_one_server_runs_them_all(workshop: Workshop) -> None:
     rows = {
         row["name"]: row for row in json.loads(workshop.run("-m", "stoker", "plugins", "--json"))
@@ -169,7 +187,15 @@ def test_the_license_of_the_template_is_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "value"), [("name", "Bad Name"), ("summary", 'a "quote"'), ("email", "nobody")]
+    ("answer", "value"),
+    [
+        ("name", "Bad Name"),
+        ("name", "too-long-for-lines-of-code"),
+        ("distribution", "9-lives"),
+        ("summary", 'a "quote"'),
+        ("summary", "A sentence."),
+        ("email", "nobody"),
+    ],
 )
 def test_answers_that_would_break_the_project_are_refused(
     tmp_path: Path, answer: str, value: str

@@ -198,5 +198,7 @@ def _while_looking(targets: Sequence[Target], *, speed: bool, as_json: bool) -> 
         return run_suites(
             targets,
             speed=speed,
-            on_check=lambda target, check: status.update(escape(f"Checking {target}: {check}")),
+            on_check=lambda target, check: status.update(
+                escape(f"Checking {target}: {check.partition(' [')[0]}")
+            ),
         )

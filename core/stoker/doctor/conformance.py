@@ -43,7 +43,7 @@ _NEEDS_MODEL = "it needs a model to be tried with: --model REF"
 _NEEDED = ("pytest", "hypothesis")
 _STARTER = "from stoker.doctor.suites import make_suites\nglobals().update(make_suites())\n"
 _COMMAND: Sequence[str] = (
-    *(sys.executable, "-P", "-m", "pytest", "-q", "-p", "stoker.doctor.suites"),
+    *(sys.executable, "-P", "-m", "pytest", "-q", "--tb=short", "-p", "stoker.doctor.suites"),
     *(
         "-p",
         "stoker.testing.pytest_plugin",

@@ -41,7 +41,7 @@ def check_plugins(rows: Sequence[PluginListing]) -> Iterator[Finding]:
         rows: As ``stoker plugins`` lists them.
     """
     good = [row for row in rows if row.status in ("active", "available")]
-    names = ", ".join(f"{row.name} ({row.distribution} {row.version})" for row in good)
+    names = ", ".join(f"{row.name} {row.version}".strip() for row in good)
     yield Finding(level="ok", topic="plugins", message=f"{len(good)} load: {names}.")
     for row in rows:
         reason = row.reason or "it does not say why"

@@ -34,15 +34,10 @@ def report_lines(
         mine = [result for result in results if result.target == target]
         told = set()
         for result in mine:
-            reason = (result.outcome, result.message)
-            if reason in told:
-                continue
-            if result.message:
+            if (reason := _reason(result)) not in told:
                 told.add(reason)
-                alike = [r.check for r in mine if (r.outcome, r.message) == reason]
-            else:
-                alike = [result.check]
-            yield from _check(result, alike, width, tracebacks=tracebacks)
+                alike = [other.check for other in mine if _reason(other) == reason]
+                yield from _check(result, alike, width, tracebacks=tracebacks)
         yield ""
 
 
@@ -61,10 +56,19 @@ def _check(
         yield from (_INDENT + line for line in result.traceback.splitlines())
 
 
+def _reason(result: CheckResult) -> tuple[str, str]:
+    """What checks that are told together have in common; the cases of one if there is nothing to tell."""
+    return result.outcome, result.message or _without_case(result.check)
+
+
+def _without_case(check: str) -> str:
+    return check.partition(" [")[0]
+
+
 def _names(checks: Sequence[str]) -> list[str]:
     """The names of checks; the cases of one are counted."""
-    counts = Counter(check.partition(" [")[0] for check in checks)
-    names = {check.partition(" [")[0]: check for check in checks}
+    counts = Counter(map(_without_case, checks))
+    names = {_without_case(check): check for check in checks}
     return [
         f"{name} ({count} cases)" if count > 1 else names[name] for name, count in counts.items()
     ]

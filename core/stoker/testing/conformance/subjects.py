@@ -32,6 +32,7 @@ HARD_TEXTS = (
     "",
     "one two  three   four",
     "tab\tand\nline\n\nend",
+    " around it \n",
     "naïve café, Grüße, ½ µm",
     "日本語とrussian русский",
     "👩‍👩‍👧 emoji 🎉",
