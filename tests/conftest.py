@@ -49,7 +49,7 @@ class Served:
         assert values, f"no metric {name}"
         return sum(values)
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         """Wait until something holds."""
         deadline = time.monotonic() + seconds
         while not condition():

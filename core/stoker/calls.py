@@ -238,6 +238,12 @@ def _check_tokens(vocab_size: int, call: Call, prompt: Sequence[int]) -> None:
                 f"token id {token} is not in the vocabulary of {vocab_size} tokens",
                 param=call.prompt_field,
             )
+    if (largest := max(prompt)) >= vocab_size:
+        raise InvalidRequestError(
+            f"the prompt's text has a token ({largest}) that the model does not know: its tokenizer has more "
+            f"tokens than its vocabulary of {vocab_size}",
+            param=call.prompt_field,
+        )
     for name in ("logit_bias", "stop_token_ids"):
         for token in getattr(call.sampling, name):
             if not 0 <= token < vocab_size:

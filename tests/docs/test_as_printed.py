@@ -40,7 +40,8 @@ def test_the_tutorials_package_installs_and_is_found(tmp_path: Path) -> None:
     source.mkdir()
     (source / "shortest_prompt.py").write_text(block(page, "python"))
     (source / "pyproject.toml").write_text(block(page, "toml"))
-    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(site))
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--no-cache-dir", "--quiet")
+    offline += ("--target", str(site))
     subprocess.run([sys.executable, "-m", "pip", "install", *offline, "."], cwd=source, check=True)
     listed = stoker(tmp_path, "plugins", "--json", PYTHONPATH=str(site))
     (row,) = [r for r in json.loads(listed.stdout) if r["name"] == "shortest-prompt"]

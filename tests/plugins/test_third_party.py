@@ -125,6 +125,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         projects.append(str(project))
     install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    install += ["--no-cache-dir", "--no-compile"]  # pip would keep a wheel of each run for ever
     done = subprocess.run(
         [sys.executable, "-m", "pip", *install, "--target", str(base / "site"), *projects],
         env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"},

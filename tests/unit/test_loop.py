@@ -34,6 +34,7 @@ from stoker.errors import (
 )
 from stoker.router import Call, Generation, RoutedModel, Router
 from stoker.testing import FakeClock, ScriptedRuntime
+from stoker.testing.scripted import ScriptedTokenizer
 from stoker_plugins.fcfs import FirstComeFirstServed
 
 
@@ -337,6 +338,14 @@ async def test_what_the_router_refuses_starts_nothing(fleet: Fleet) -> None:
         await fleet.router.generate(
             Call(request_id="r", model="a", prompt=[5, 100_000], sampling=sampling)
         )
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # a tokenizer that has grown, and a model that has not
+        patch.setattr(ScriptedTokenizer, "encode", lambda *_, **__: [5, 100_000])
+        with pytest.raises(
+            InvalidRequestError, match=r"a token \(100000\) that the model does not know"
+        ):
+            await fleet.start("x")
     with pytest.raises(InvalidRequestError, match="prompt is empty"):
         await fleet.router.generate(Call(request_id="r", model="a", prompt=[], sampling=sampling))
     with pytest.raises(InvalidRequestError, match="logit_bias"):

@@ -111,7 +111,7 @@ def check_lanes(harness: EngineHarness) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_any_life_has_the_same_tokens_with_and_without(seed: int) -> None:
     live_twice(seed)

@@ -256,7 +256,10 @@ def model(source: str) -> RoutedModel:
         tool_format=None,
         reasoning=None,
         thoughts=None,
-        client=SimpleNamespace(tokenizer=tokenizer),
+        client=SimpleNamespace(
+            tokenizer=tokenizer,
+            info=SimpleNamespace(capabilities=SimpleNamespace(generates=True)),
+        ),
         constrains=False,
     )
     return cast(RoutedModel, routed)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import stoker
 from legacy_ggml import TOKENS, make_model
+from stoker_backend_ctransformers.tokenizer import LegacyTokenizer
 
 Load = Callable[..., Any]
 TEXTS = (
@@ -128,3 +130,15 @@ def test_threads_may_encode_at_once_and_closing_waits(architecture: str, load: L
     if architecture == "llama":
         with pytest.raises(stoker.EngineError, match="closed"):
             runtime.tokenizer.encode("x", add_special=False, parse_special=False)
+
+
+def test_odd_vocabularies_have_no_tokens_that_are_not_theirs() -> None:
+    file: Any = SimpleNamespace(
+        tokens=(b"a", b"<|\xff|>", b"<|x|>"),
+        architecture=SimpleNamespace(tokenizer="native", name="falcon"),
+    )
+    instance: Any = SimpleNamespace(eos_token_id=11)  # the library's default
+    tokenizer = LegacyTokenizer(file, instance)
+    assert tokenizer.special_tokens == {"<|x|>": 2}
+    assert tokenizer.token_bytes(1) == b"<|\xff|>"
+    assert not tokenizer.end_token_ids

@@ -79,6 +79,10 @@ def test_shards_are_found_through_their_index(folder: Path) -> None:
     assert "1 of 2 shards are missing: model-00002-of-00002.safetensors" in refusal(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     assert "has no weight_map" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../x.safetensors"}}'
+    )
+    assert "names '../x.safetensors', which is no file of the folder" in refusal(folder)
     (folder / "model.safetensors.index.json").unlink()
     assert "fetch the index, too" in refusal(folder)
 
@@ -90,6 +94,10 @@ def test_shards_are_found_through_their_index(folder: Path) -> None:
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
         ({"quantization_config": {"load_in_8bit": True}}, "quantized (?)"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, which cannot be"),
+        ({"text_config": {"n_layer": -1}}, "n_layer is -1"),
+        ({"model_type": ["llama"]}, "model_type is no text"),
+        ({"architectures": [5]}, "no list of names"),
         ({"model_type": None, "architectures": None}, "neither a model_type nor architectures"),
     ],
 )
@@ -130,6 +138,11 @@ def test_pickles_are_refused_unless_allowed(folder: Path) -> None:
     assert open_checkpoint(folder, trust_remote_code=False, allow_pickle=True).kind == "pickle"
     (folder / "pytorch_model.bin").unlink()
     assert "holds no weights" in refusal(folder, allow_pickle=True)
+
+
+def test_adapters_are_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in refusal(folder)
 
 
 def test_damaged_weights_are_refused(folder: Path) -> None:

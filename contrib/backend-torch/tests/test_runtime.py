@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from tiny_models import (
 
 import stoker
 from stoker_backend_torch.attention import attach
+from stoker_backend_torch.compiling import find_layers, plain_layers
+from stoker_backend_torch.kv import ContiguousKv
 from stoker_backend_torch.packing import PackedLinear, pack_linear_layers
 from stoker_backend_torch.probe import look_at
 from stoker_backend_torch.ragged import RaggedBatch, find_runs, group_decodes
@@ -133,6 +136,30 @@ def test_what_does_not_fit_or_makes_no_sense_changes_nothing(case: Any) -> None:
     with pytest.raises(stoker.EngineError, match="holds 10 tokens; 11 cannot be copied"):
         runtime.copy_prefix(2, 1, 11)
     close(run(runtime, (2, TEXT[10:12], 10), every=True), truth[10:12])
+
+
+@pytest.mark.parametrize("way", ["prompt", "copy", "snapshot"])
+def test_a_lane_of_numbers_that_are_none_does_not_spoil_the_next_sequence(way: str) -> None:
+    model = make_model("gemma3")
+    truth = forward(model, TEXT[:12])
+    runtime = make_runtime(model)
+    memory = runtime._memory
+    assert isinstance(memory, ContiguousKv)
+    run(runtime, (1, TEXT[:8], 0), (2, OTHER[:40], 0))
+    saved = runtime.snapshot(1)
+    for part in (*memory._keys, *memory._values):  # as after an overflow
+        part[2, 3:40] = float("nan")
+    runtime.truncate(2, 0)
+    if way == "prompt":
+        run(runtime, (2, TEXT[:8], 0))
+    elif way == "copy":
+        runtime.copy_prefix(1, 2, 8)
+    else:
+        runtime.restore(2, saved)
+    run(runtime, (3, OTHER[:30], 0))
+    for at in range(8, 12):  # beside a longer one, whose call looks at as much of all lanes
+        both = run(runtime, (2, TEXT[at : at + 1], at), (3, OTHER[22 + at : 23 + at], 22 + at))
+        close(both[0], truth[at])
 
 
 def test_a_snapshot_of_something_else_is_refused() -> None:
@@ -280,6 +307,39 @@ def test_tokens_drawn_by_the_runtime_are_its_logits_greatest() -> None:
         )
     )
     assert drawn.tolist() == truth[[8, 3]].argmax(1).tolist()
+
+
+def test_each_model_keeps_its_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = make_runtime(make_model("llama"))
+        torch.set_num_threads(2)
+        second = make_runtime(make_model("llama"))
+        with ThreadPoolExecutor(1) as loop:  # of both, as the models of one device have
+            for runtime, threads in ((first, 1), (second, 2), (first, 1)):
+                runtime.truncate(0, 0)
+                loop.submit(run, runtime, (0, TEXT[:4], 0)).result()
+                assert loop.submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules
+def test_what_is_compiled_for_steps_is_not_compiled_for_texts_to_embed() -> None:
+    model = make_model("llama")
+    truth = forward(model, TEXT[:9])
+
+    def compiler(*_: Any) -> Any:
+        raise RuntimeError("it is compiled")
+
+    for layer in find_layers(model):
+        layer.compile(backend=compiler, dynamic=True)
+    with plain_layers(model):
+        close(forward(model, TEXT[:9]), truth)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="it is compiled"):
+        forward(model, TEXT[:9])
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ __all__ = ["LegacyTokenizer"]
 _WORDS = re.compile(
     rb"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 )
-_MARKUP = re.compile(rb"<\|[^<>|\s]{1,64}\|>")
+_MARKUP = re.compile(rb"<\|[^<>|\s\x80-\xff]{1,64}\|>")
 _CONTROL = frozenset(
     b"<s> </s> <unk> <pad> [PAD] <fim-prefix> <fim-middle> <fim-suffix> <fim-pad> <fim_prefix> <fim_middle> "
     b"<fim_suffix> <fim_pad>".split()
@@ -163,6 +163,7 @@ class LegacyTokenizer(Tokenizer):
         eos = ends[0] if ends else ""
         if self._native and not self._is_llama and self._instance is not None:
             ids.add(self._instance.eos_token_id)
+            ids = {token for token in ids if 0 <= token < len(self._pieces)}
         bos = "<s>" if self._is_llama else eos
         return (bos if bos in self._special else ""), eos, frozenset(ids)
 

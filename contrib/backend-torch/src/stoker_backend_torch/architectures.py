@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,6 +32,9 @@ __all__ = ["ModelCode", "find_code", "from_files", "missing_package", "one_line"
 # Their configurations say is_decoder = false, and their attention is causal all the same.
 _ALWAYS_DECODERS = frozenset({"bert-generation", "gpt_neox", "gpt_neox_japanese"})
 
+# How many times the parameters in its files a model may have: tied weights are stored once, or twice.
+_MOST_TIMES = 2
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCode:
@@ -48,6 +54,12 @@ class ModelCode:
     def text_config(self) -> Any:
         """The configuration of the text model."""
         return self.config.get_text_config(decoder=True)
+
+    def count_parameters(self) -> int:
+        """Numbers of the model, without making it."""
+        with torch.device("meta"):
+            model = self.model_class(self.config)
+        return sum(part.numel() for part in model.parameters())
 
     @property
     def is_encoder(self) -> bool:
@@ -93,6 +105,8 @@ def find_code(checkpoint: Checkpoint, options: TorchOptions) -> ModelCode:
         model_class = None  # its own code, found when it is loaded
     code = ModelCode(config, model_class, generates)
     _check_code(path, code)
+    if checkpoint.kind == "safetensors":
+        _check_size(checkpoint, code)
     return code
 
 
@@ -190,4 +204,24 @@ def _check_code(path: Path, code: ModelCode) -> None:
         raise stoker.ModelError(
             f"{path}: {name} computes attention in its own way, outside transformers' attention interface, "
             "and cannot be served; try a GGUF file of it with stoker-backend-gguf"
+        )
+
+
+def _check_size(checkpoint: Checkpoint, code: ModelCode) -> None:
+    """Refuse a configuration of a larger model than the files hold: transformers would fill in the rest."""
+    path = checkpoint.path
+    if not inspect.isclass(code.model_class):
+        return
+    try:
+        with quiet():
+            wanted = code.count_parameters()
+    except Exception as error:  # transformers raises many types, and none of its own
+        raise stoker.ModelError(
+            f"{path}: transformers cannot make a model by its configuration: {one_line(error)}"
+        ) from error
+    held = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    if wanted > _MOST_TIMES * held:
+        raise stoker.ModelError(
+            f"{path}: its configuration is that of a model of {wanted:,} parameters, but its files hold "
+            f"{held:,}; they do not belong together"
         )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "TensorInfo", "is_checkpoint", "open_checkpoint", "read_json"]
 
 _CONFIG = "config.json"
+_ADAPTER = "adapter_config.json"
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _GGUF_MAGIC = b"GGUF"
@@ -30,6 +31,8 @@ _BITS = {
     "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_MOST_LAYERS = 2_000
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
@@ -122,10 +125,18 @@ def open_checkpoint(path: Path, *, trust_remote_code: bool, allow_pickle: bool) 
         )
     config = read_json(config_file)
     _check_config(config_file, config, trust_remote_code=trust_remote_code)
+    _check_layers(config_file, config)
     if path.is_file() and path.name != _SAFETENSORS:
         raise stoker.ModelError(
             f"{path}: transformers reads model.safetensors, or the shards that "
             f"model.safetensors.index.json names; rename the file, or name the folder {folder}"
+        )
+    if (
+        folder / _ADAPTER
+    ).is_file():  # which transformers would load instead, with a model from elsewhere
+        raise stoker.ModelError(
+            f"{folder} holds an adapter ({_ADAPTER}), which cannot be served: merge it into its model "
+            "(merge_and_unload), or remove that file if the weights here are whole"
         )
     kind, files = _find_weights(folder, allow_pickle=allow_pickle)
     if not any(
@@ -161,10 +172,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_config(file: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    if not isinstance(config.get("model_type"), str) and not config.get("architectures"):
+    kind, names = config.get("model_type"), config.get("architectures")
+    if kind is None and not names:
         raise stoker.ModelError(
             f"{file} names neither a model_type nor architectures: it is no model's configuration"
         )
+    if not isinstance(kind, str | None):
+        raise stoker.ModelError(f"{file}: its model_type is no text; fetch it again")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise stoker.ModelError(f"{file}: its architectures are no list of names; fetch it again")
     if config.get("auto_map") and not trust_remote_code:
         raise stoker.ModelError(
             f"{file}: the model brings Python code of its own (auto_map); if you trust it, set "
@@ -182,6 +200,15 @@ def _check_config(file: Path, config: Mapping[str, Any], *, trust_remote_code: b
             f"{file}: the weights are quantized ({method}), which the torch backend does not serve; use the "
             'unquantized model (with weights = "int8" if memory is short), or a GGUF file of it'
         )
+
+
+def _check_layers(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse more layers than there can be, before anybody makes lists of them."""
+    for part in (config, *config.values()):
+        for name in _LAYERS if isinstance(part, dict) else ():
+            count = part.get(name, 0)
+            if isinstance(count, int) and not 0 <= count <= _MOST_LAYERS:
+                raise stoker.ModelError(f"{file}: {name} is {count}, which cannot be")
 
 
 # --------------------------------------------------------------------------- weights
@@ -227,6 +254,11 @@ def _shards(index_file: Path) -> tuple[Path, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise stoker.ModelError(f"{index_file} has no weight_map; fetch it again")
     names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise stoker.ModelError(
+            f"{index_file} names {outside[0]!r}, which is no file of the folder"
+        )
     missing = [name for name in names if not (index_file.parent / name).is_file()]
     if missing:
         raise stoker.ModelError(

@@ -9,10 +9,12 @@ packed weights they use is passed as a tensor, the first one's code serves all.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from stoker import ModelError
@@ -20,7 +22,7 @@ from stoker import ModelError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["compile_layers", "find_layers"]
+__all__ = ["compile_layers", "find_layers", "plain_layers"]
 
 logger = logging.getLogger("stoker.backend.torch")
 
@@ -33,6 +35,13 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len({type(part) for part in module}) == 1
     ]
     return max(lists, key=len, default=[])
+
+
+def plain_layers(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Within it, layers compute as if they had not been compiled, and are not compiled anew."""
+    layers = find_layers(model)
+    is_compiled = bool(layers) and layers[0]._compiled_call_impl is not None  # noqa: SLF001 - nothing else tells
+    return torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
 
 
 def compile_layers(model: nn.Module, name: str, warm_up: Callable[[int], Any]) -> float:

@@ -16,7 +16,9 @@ import torch
 import transformers
 
 from stoker import EngineError
+from stoker_backend_torch.compiling import plain_layers
 from stoker_backend_torch.heads import load_heads
+from stoker_backend_torch.openmp import keep_threads
 from stoker_backend_torch.planning import max_context
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class TorchEmbedder:
         self._pooling = plan.pooling
         self._layers: Any = layers_of(model)
         self._device: torch.device = self._layers.device
+        self._threads = torch.get_num_threads()  # as set when the model was loaded
         self._heads = load_heads(plan.heads, self._device, allow_pickle=allow_pickle)
         config = self._layers.config.get_text_config()
         padding = getattr(config, "pad_token_id", None)
@@ -189,7 +192,9 @@ class TorchEmbedder:
         Returns:
             ``float32[n, T, width]``.
         """
-        with _attending(self._layers.config, self._attention):
+        keep_threads(self._threads)
+        # Layers that are compiled are so for steps: for this they would be again, in a minute or more.
+        with _attending(self._layers.config, self._attention), plain_layers(self._layers):
             output = self._layers(
                 input_ids=torch.from_numpy(tokens).to(self._device),
                 attention_mask=torch.from_numpy(is_text.astype(np.int64)).to(self._device),

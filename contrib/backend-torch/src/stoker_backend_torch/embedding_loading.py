@@ -94,7 +94,8 @@ def load_embedding_runtime(
     num_packed = 0
     if device.type == "cpu":
         num_packed = pack_linear_layers(
-            loaded.model, lambda: loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+            loaded.model,
+            trial=lambda: loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.int64)),
         )
     plan = _plan(loaded, recipe, options, settings.context_length)
     if plan is None:

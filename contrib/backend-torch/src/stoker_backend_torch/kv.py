@@ -84,6 +84,9 @@ class ContiguousKv(KvMemory):
         self._batch: RaggedBatch | None = None
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
         self._masks: dict[tuple[int, int], torch.Tensor | None] = {}
+        self._written = np.zeros(
+            num_lanes, np.int64
+        )  # tokens of each lane that are more than zeros
 
     @property
     def num_bytes(self) -> int:
@@ -93,6 +96,9 @@ class ContiguousKv(KvMemory):
     def begin(self, batch: RaggedBatch) -> None:
         """Prepare for a step."""
         self._batch = batch
+        for group in batch.decodes:
+            self._forget(group)
+        self._written[batch.touched] = np.maximum(self._written[batch.touched], batch.ends)
         slots = batch.lanes * self._context_length + batch.positions
         self._slots = torch.from_numpy(slots).to(self._device)
         self._masks = {}
@@ -139,6 +145,7 @@ class ContiguousKv(KvMemory):
             return
         for part in (*self._keys, *self._values):
             part[target, :num_tokens] = part[source, :num_tokens]
+        self._written[target] = max(self._written[target], num_tokens)
 
     def read(self, lane: int, num_tokens: int) -> bytes:
         """See ``KvMemory.read``."""
@@ -154,7 +161,21 @@ class ContiguousKv(KvMemory):
         pairs = zip(self._keys, self._values, strict=True)
         for part, tokens in zip((part for pair in pairs for part in pair), parts, strict=True):
             part[lane, :num_tokens] = tokens.to(self._device)
+        self._written[lane] = max(self._written[lane], num_tokens)
         return True
+
+    @torch.inference_mode()
+    def _forget(self, group: Decodes) -> None:
+        """Zero what is behind the ends of a group's lanes, as far as its call looks.
+
+        It is hidden by masks, but for numbers that are none: a sequence with such must not spoil the lane's
+        next one.
+        """
+        stale = group.lengths < self._written[group.lanes]
+        for lane, length in zip(group.lanes[stale], group.lengths[stale], strict=True):
+            for part in (*self._keys, *self._values):
+                part[lane, length : self._written[lane]] = 0
+            self._written[lane] = length
 
     # ------------------------------------------------------------------ attention
 

@@ -94,12 +94,12 @@ def load_runtime(
         if device.type == "cpu":
             num_packed = pack_linear_layers(
                 loaded.model,
-                lambda: loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.int64)),
                 share=not options.compile,
+                trial=lambda: loaded.model(input_ids=torch.zeros(1, 2, dtype=torch.int64)),
             )
 
     name = str(checkpoint.path)
-    shapes, windows = look_at(loaded.model, name, _num_logits(loaded), prepare=pack)
+    shapes, windows = look_at(loaded.model, name, _vocab_size(loaded), prepare=pack)
     window = hidden_window(loaded.config, windows)
     is_bound = window is not None and window < plan.context_length
     if is_bound:
@@ -171,17 +171,20 @@ def _weights_bytes(checkpoint: Checkpoint, code: ModelCode, dtype: torch.dtype) 
         size = int(dtype.itemsize)
         return sum(tensor.bytes_as(size) for tensor in checkpoint.tensors.values())
     if checkpoint.kind == "gguf":  # packed: the model's code knows what it becomes
-        with torch.device("meta"):
-            model = code.model_class(code.config)
-        return int(model.num_parameters() * dtype.itemsize)
+        return code.count_parameters() * int(dtype.itemsize)
     return checkpoint.size_bytes
 
 
-def _num_logits(loaded: LoadedModel) -> int:
-    """Columns of the logits; more than the tokenizer has tokens where the vocabulary was padded."""
+def _vocab_size(loaded: LoadedModel) -> int:
+    """The tokens of the tokenizer and the end tokens, as far as there are logits for them.
+
+    Padded vocabularies have more columns of logits: those stand for nothing, and nobody may draw them.
+    """
     head = loaded.model.get_output_embeddings()
-    rows = getattr(head, "out_features", None) if head is not None else None
-    return int(rows or loaded.config.vocab_size)
+    columns = getattr(head, "out_features", None) if head is not None else None
+    columns = int(columns or loaded.config.vocab_size)
+    ends = [token + 1 for token in loaded.end_token_ids if token < columns]
+    return max(1, min(columns, loaded.tokenizer.vocab_size), *ends)
 
 
 def _samples(wanted: str, device: torch.device) -> bool:
@@ -203,15 +206,15 @@ def _describe(
     warnings: Sequence[str],
 ) -> stoker.RuntimeInfo:
     """The facts of the loaded model."""
-    options = request.options
+    options, vocab_size = request.options, _vocab_size(loaded)
     return stoker.RuntimeInfo(
         name=request.model.model_id,
-        vocab_size=_num_logits(loaded),
+        vocab_size=vocab_size,
         context_length=plan.context_length,
         num_lanes=plan.num_lanes,
         kv_capacity_tokens=plan.kv_capacity_tokens,
         max_step_tokens=request.settings.max_step_tokens,
-        end_token_ids=loaded.end_token_ids,
+        end_token_ids=frozenset(token for token in loaded.end_token_ids if token < vocab_size),
         chat_template=loaded.chat_template,
         bos_token=loaded.bos_token,
         eos_token=loaded.eos_token,

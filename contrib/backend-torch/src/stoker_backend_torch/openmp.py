@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["prepare_openmp", "set_threads"]
+__all__ = ["keep_threads", "prepare_openmp", "set_threads"]
 
 Policy = Literal["passive", "active", "default"]
 
@@ -55,7 +55,8 @@ def prepare_openmp(policy: Policy) -> tuple[str, str | None]:
 def set_threads(count: int) -> None:
     """Let operators use ``count`` threads, and one operator run at a time.
 
-    The number holds for the process: the last model that is loaded decides.
+    The number holds for the thread that calls this and for those that have not computed yet; see
+    ``keep_threads``.
     """
     import torch  # noqa: PLC0415 - not before prepare_openmp
 
@@ -67,6 +68,14 @@ def set_threads(count: int) -> None:
             RuntimeError
         ):  # parallel work has begun; a setting that only saves a few idle threads
             return
+
+
+def keep_threads(count: int) -> None:
+    """Let the calling thread's operators use ``count`` threads, whatever was set for another model."""
+    import torch  # noqa: PLC0415 - not before prepare_openmp
+
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
 
 
 def _has_openmp() -> bool:

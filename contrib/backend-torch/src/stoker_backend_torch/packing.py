@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
 __all__ = ["PackedLinear", "pack_linear_layers"]
 
@@ -110,61 +110,84 @@ class _Shared(nn.Module):
         return out
 
 
+class _Watched(nn.Linear):
+    """A linear layer that notes whether anybody looks at its weights."""
+
+    is_looked_at = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        self.__dict__["is_looked_at"] = True
+        return self._parameters["weight"]
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return functional.linear(rows, self._parameters["weight"], self.bias)
+
+
 def pack_linear_layers(
-    model: nn.Module, trial: Callable[[], Any] | None = None, *, share: bool = True
+    model: nn.Module, *, share: bool = True, trial: Callable[[], Any] | None = None
 ) -> int:
     """Replace a model's linear layers by packed ones, where that works; a CPU's only.
 
     Args:
         model: The model, with its final weights.
-        trial: Computes with the model. If that fails now, since its code looks at the weights of a layer,
-            say, all of them stay as they were.
         share: Whether layers with the same input become one product; not for ``torch.compile``, which cannot
             tell whether two inputs are one.
+        trial: Computes with the model. Layers whose weights the model's code looks at, their type perhaps,
+            stay as they are.
 
     Returns:
         How many were replaced.
     """
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return 0
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
     with torch.inference_mode():
-        _replace(model, replaced, share=share)
-        if replaced and trial is not None:
-            try:
-                trial()
-            except Exception as error:  # noqa: BLE001 - models raise anything
-                logger.info("linear layers stay as they are: the model needs them (%s)", error)
-                for parent, name, child in replaced:
-                    setattr(parent, name, child)
-                return 0
-    return len(replaced)
+        kept = set() if trial is None else _looked_at(model, trial)
+        return _replace(model, kept, share=share)
 
 
-def _replace(
-    model: nn.Module, replaced: list[tuple[nn.Module, str, nn.Module]], *, share: bool
-) -> None:
-    """Replace layers, and note which, by their parents and names."""
+def _looked_at(model: nn.Module, trial: Callable[[], Any]) -> set[nn.Module]:
+    """The linear layers whose weights the model's own code uses."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    for linear in linears:
+        linear.__class__ = _Watched
+    try:
+        trial()
+    finally:
+        for linear in linears:
+            linear.__class__ = nn.Linear
+    return {linear for linear in linears if linear.__dict__.pop("is_looked_at", False)}
+
+
+def _replace(model: nn.Module, kept: Container[nn.Module], *, share: bool) -> int:
+    """Replace all suitable layers but some; returns how many."""
+    count = 0
     for parent in list(model.modules()):
-        if share and not _share(parent, replaced):
-            return
+        if share:
+            shared = _share(parent, kept)
+            if shared is None:
+                return count
+            count += shared
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or not _is_suitable(child):
+            if type(child) is not nn.Linear or child in kept or not _is_suitable(child):
                 continue
             packed = _try_to_pack(child)
             if packed is None:
-                return  # what fails once fails for all
+                return count  # what fails once fails for all
             setattr(parent, name, packed)
-            replaced.append((parent, name, child))
+            count += 1
+    return count
 
 
-def _share(parent: nn.Module, replaced: list[tuple[nn.Module, str, nn.Module]]) -> bool:
-    """Make one product of layers with the same input, and note them; false if packing does not work."""
+def _share(parent: nn.Module, kept: Container[nn.Module]) -> int | None:
+    """Make one product of layers with the same input; ``None`` if packing does not work."""
+    count = 0
     for names in _SAME_INPUT:
         linears: list[Any] = [
             child
             for child in (getattr(parent, name, None) for name in names)
-            if type(child) is nn.Linear and _is_suitable(child)
+            if type(child) is nn.Linear and child not in kept and _is_suitable(child)
         ]
         if len(linears) < len(names):
             continue
@@ -172,14 +195,14 @@ def _share(parent: nn.Module, replaced: list[tuple[nn.Module, str, nn.Module]]) 
             continue
         product = _try_to_pack(*linears)
         if product is None:
-            return False
+            return None
         last: list[torch.Tensor] = []
         start = 0
         for name, linear in zip(names, linears, strict=True):
             setattr(parent, name, _Shared(product, last, start, start + linear.out_features))
-            replaced.append((parent, name, linear))
             start += linear.out_features
-    return True
+        count += len(names)
+    return count
 
 
 def _is_suitable(linear: nn.Linear) -> bool:

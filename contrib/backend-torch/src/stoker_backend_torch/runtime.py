@@ -21,6 +21,7 @@ from stoker import (
 from stoker_backend_torch.attention import KvMemory, attach
 from stoker_backend_torch.compiling import compile_layers
 from stoker_backend_torch.graphs import DecodeGraphs
+from stoker_backend_torch.openmp import keep_threads
 from stoker_backend_torch.paged import PagedKv
 from stoker_backend_torch.ragged import RaggedBatch, find_runs
 from stoker_backend_torch.sampler import TorchSampler
@@ -60,6 +61,7 @@ class TorchRuntime(Runtime):
         self.tokenizer = loaded.tokenizer
         self._model: Any = loaded.model
         self._device = loaded.device
+        self._threads = torch.get_num_threads()  # as set when the model was loaded
         self._memory: KvMemory | None = memory
         self._embedder = embedder
         self._graphs: DecodeGraphs | None = None
@@ -84,6 +86,11 @@ class TorchRuntime(Runtime):
         if len(step.token_ids) == 0:
             return StepOutput(logits=self._no_logits)
         starts = find_runs(step, self._lengths, self.info.max_step_tokens)
+        if step.token_ids.min() < 0 or step.token_ids.max() >= self.info.vocab_size:
+            # A GPU that is asked for what is not there computes no more for the whole process.
+            raise EngineError(
+                f"a step has a token outside of the vocabulary of {self.info.vocab_size}"
+            )
         batch = RaggedBatch.of(step, starts)
         if np.any(batch.ends > self.info.context_length):
             return StepOutput(logits=self._no_logits, no_room=True)
@@ -114,12 +121,13 @@ class TorchRuntime(Runtime):
             raise EngineError(f"{self.info.name} draws no tokens")
         if self._logits is None:
             raise EngineError("there are no logits to draw from")
-        tokens: NDArray[np.int64] = self._sampler.sample(self._logits, batch)
+        tokens: NDArray[np.int64] = self._sampler.sample(self._known(self._logits), batch)
         return tokens
 
     @torch.inference_mode()
     def _forward(self, batch: RaggedBatch) -> torch.Tensor | None:
         """The wanted rows' logits, ``[R, vocab]``, on the device; ``None`` if none are wanted."""
+        keep_threads(self._threads)
         rows = {
             "input_ids": torch.from_numpy(batch.token_ids[None]).to(self._device),
             "position_ids": torch.from_numpy(batch.positions[None]).to(self._device),
@@ -139,12 +147,16 @@ class TorchRuntime(Runtime):
         if self._logits is None:
             raise EngineError("the step's logits are gone")
         with torch.inference_mode():
-            chosen = self._logits
+            chosen = self._known(self._logits)
             if rows is not None:
                 chosen = chosen[torch.from_numpy(rows).to(self._device)]
             logits: NDArray[np.float32] = chosen.float().cpu().numpy()
         logits.flags.writeable = False
         return logits
+
+    def _known(self, logits: torch.Tensor) -> torch.Tensor:
+        """Without the columns of a padded vocabulary, for which there are no tokens."""
+        return logits[:, : self.info.vocab_size]
 
     def compile(self) -> float:
         """Compile the model's layers; the lanes must be empty. Returns the seconds that it took."""

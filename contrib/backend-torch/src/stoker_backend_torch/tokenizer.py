@@ -64,7 +64,10 @@ class TorchTokenizer(stoker.Tokenizer):
         self._marked = _build(parts)
         self._plain = _build(_without_control(parts, self._special))
         self._plain.encode_special_tokens = True  # as text; the last change to it
-        self.vocab_size: int = self._marked.get_vocab_size(with_added_tokens=True)
+        # There may be holes between their numbers.
+        self.vocab_size = 1 + max(
+            self._marked.get_vocab(with_added_tokens=True).values(), default=-1
+        )
         self._ids_before, self._ids_after = _wrapping(self._marked)
         self._piece = _piece_reader(parts)
         self._pieces: dict[int, bytes] = {}

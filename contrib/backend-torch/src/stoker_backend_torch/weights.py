@@ -94,10 +94,10 @@ def load_model(
         device=device,
         dtype=dtype,
         weights_bytes=_memory_of(model),
-        chat_template=_chat_template(fast),
+        chat_template=_chat_template(checkpoint.path, fast),
         bos_token=fast.bos_token or "",
         eos_token=fast.eos_token or "",
-        end_token_ids=_end_tokens(model, fast),
+        end_token_ids=_end_tokens(checkpoint.path, model, fast),
         warnings=(),
         folder=checkpoint.folder,
         generates=code.generates,
@@ -194,6 +194,11 @@ def _load_tokenizer(
     except ImportError as error:
         raise missing_package(path, error) from error
     except Exception as error:  # transformers raises many types, and none of its own
+        if "trust_remote_code" in str(error):
+            raise stoker.ModelError(
+                f"{path}: its tokenizer brings Python code of its own (auto_map in tokenizer_config.json); "
+                "if you trust it, set trust_remote_code = true in the options of the torch backend"
+            ) from error
         raise stoker.ModelError(
             f"{path}: transformers cannot load the tokenizer: {one_line(error)}"
         ) from error
@@ -209,14 +214,16 @@ def _load_tokenizer(
         raise stoker.ModelError(f"{path}: {error}") from error
 
 
-def _chat_template(fast: Any) -> str | None:
+def _chat_template(path: Path, fast: Any) -> str | None:
     template = fast.chat_template
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
+    if not isinstance(template, str | None):
+        raise stoker.ModelError(f"{path}: its chat template is no text")
     return template or None
 
 
-def _end_tokens(model: Any, fast: Any) -> frozenset[int]:
+def _end_tokens(path: Path, model: Any, fast: Any) -> frozenset[int]:
     """What ends a generation: by the generation's settings, the model's and the tokenizer's."""
     found: set[int] = set()
     for holder in (
@@ -225,6 +232,12 @@ def _end_tokens(model: Any, fast: Any) -> frozenset[int]:
         fast,
     ):
         ids = getattr(holder, "eos_token_id", None)
-        if ids is not None:
-            found.update(map(int, ids if isinstance(ids, (list, tuple)) else [ids]))
+        for token in ids if isinstance(ids, (list, tuple)) else [ids]:
+            if not isinstance(token, int | None) or isinstance(token, bool):
+                raise stoker.ModelError(
+                    f"{path}: its eos_token_id is {token!r}, which is no number of a token; see "
+                    "generation_config.json and config.json"
+                )
+            if token is not None:
+                found.add(token)
     return frozenset(token for token in found if token >= 0)
