@@ -167,7 +167,9 @@ def test_results_are_told_with_their_advice() -> None:
     document = "It drops.\n\n        To fix: keep\n        all.\n    "
     results = [
         result("keeps all", "failed", "One is missing.", advice=document),
-        result("keeps some", "failed", "Two are missing.\nLook again.", advice=document),
+        result(
+            "keeps some", "failed", "Two are missing.\nLook again.", advice=document, log="a\nb\n"
+        ),
         result("raises", "failed", "Oh: no (x.py:1)\na note", advice=document, traceback="x.py"),
         result("is quick [one]", "skipped", "No."),
         result("is quick [two]", "skipped", "No."),
@@ -185,6 +187,7 @@ def test_results_are_told_with_their_advice() -> None:
         "  FAILED   keeps some",
         "           Two are missing.",
         "           Look again.",
+        "           Logged last: b",
         "  FAILED   raises",
         "           Oh: no (x.py:1)",
         "           a note",

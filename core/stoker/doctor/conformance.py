@@ -95,6 +95,7 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
         advice: What the check says about how to mend it; nothing if it could not begin.
         seconds: How long it took.
         traceback: Where an exception came from.
+        log: What was logged, where it failed.
     """
 
     target: str
@@ -104,6 +105,7 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
     advice: str = ""
     seconds: float = 0.0
     traceback: str = ""
+    log: str = ""
 
     def details(self) -> list[str]:
         """What to print below it, a paragraph each: what is wrong, and what to do about it.
@@ -113,7 +115,11 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
         if self.outcome == "passed":
             return []
         lines = [line.strip() for line in self.message.splitlines() if line.strip()]
-        if self.outcome == "failed" and (self.traceback or len(lines) < 2):
+        has_advice = len(lines) > 1
+        logged = self.log.strip().splitlines()
+        if logged and logged[-1].strip():
+            lines.append(f"Logged last: {logged[-1].strip()}")
+        if self.outcome == "failed" and (self.traceback or not has_advice):
             paragraphs = inspect.cleandoc(self.advice).split("\n\n")
             lines += [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
         return lines

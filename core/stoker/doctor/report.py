@@ -27,7 +27,7 @@ def report_lines(
     Args:
         results: What came of the checks.
         width: Where to break lines; ``None`` breaks none.
-        tracebacks: Whether to show where exceptions came from.
+        tracebacks: Whether to show where exceptions came from, and what was logged.
     """
     for target in dict.fromkeys(result.target for result in results):
         yield target
@@ -53,7 +53,8 @@ def _check(
     elif len(names) > 1:
         yield from _wrapped(f"(and so: {'; '.join(names[1:])})", width)
     if tracebacks:
-        yield from (_INDENT + line for line in result.traceback.splitlines())
+        more = (*result.traceback.splitlines(), *result.log.splitlines())
+        yield from (_INDENT + line for line in more)
 
 
 def _reason(result: CheckResult) -> tuple[str, str]:

@@ -110,6 +110,7 @@ def pytest_runtest_makereport(
             advice=document if report.when == "call" else "",
             seconds=round(report.duration, 3),
             traceback=str(report.longrepr) if isinstance(error, Exception) else "",
+            log=report.caplog if report.failed else "",
         )
         _write(result=result)
     return report
