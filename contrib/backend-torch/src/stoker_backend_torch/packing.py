@@ -1,8 +1,8 @@
 """Linear layers whose weights lie as the CPU's matrix kernels want them.
 
 torch's CPU kernels (oneDNN) compute with weights in blocks. A plain linear layer brings its weights into that
-order again in every call, which for a step of few tokens takes longer than the product itself: on two CPUs a
-135M model's layers are 1.6 to 2.2 times quicker with one token and 1.3 to 2 times with 16 if it is done once.
+order again in every call, which for a step of few tokens takes longer than the product itself: a
+135M model's layers are 1.6 to 2.2 times quicker with one token and one thread if it is done once.
 They are the operators that ``torch.compile`` uses for the same purpose, and no public interface of torch:
 each layer is tried against the plain one when it is packed, and stays plain where anything is odd.
 
