@@ -25,10 +25,10 @@ def belongs_to(root: Path, text: str) -> None:
 
 
 def test_the_least_limit_between_a_process_and_the_root_counts(tmp_path: Path) -> None:
-    belongs_to(tmp_path, "0::/work/job\n")
-    group(tmp_path, "work/job", cpu__max="max 100000", memory__max="max", memory__current="5")
-    group(tmp_path, "work", cpu__max="150000 100000", memory__max="9000", memory__current="4000")
-    group(tmp_path, "work", memory__stat="anon 1\ninactive_file 1000\n")
+    belongs_to(tmp_path, "0::/group/job\n")
+    group(tmp_path, "group/job", cpu__max="max 100000", memory__max="max", memory__current="5")
+    group(tmp_path, "group", cpu__max="150000 100000", memory__max="9000", memory__current="4000")
+    group(tmp_path, "group", memory__stat="anon 1\ninactive_file 1000\n")
     group(tmp_path, ".", memory__max="20000", memory__current="19000")
     assert machine.read_limits(tmp_path) == Limits(cores=1.5, memory=9000, memory_left=1000)
 

@@ -42,11 +42,11 @@ class TorchBackend(stoker.Backend):
         wait_policy, openmp_warning = prepare_openmp(options.omp_wait_policy)
         # torch and transformers take seconds to import, and must come after OpenMP's settings; and torch
         # must have set up its logging before that can be redirected.
-        from stoker_backend_torch import devices  # noqa: PLC0415
+        from stoker_backend_torch import devices  # noqa: PLC0415 - heavy
 
         device = devices.choose_device(options.device)
         with quiet():
-            from stoker_backend_torch import loading  # noqa: PLC0415
+            from stoker_backend_torch import loading  # noqa: PLC0415 - heavy
 
         return loading.load_runtime(
             model,

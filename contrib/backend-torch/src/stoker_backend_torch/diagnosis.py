@@ -67,8 +67,8 @@ def _libraries() -> Iterator[stoker.Finding]:
 def _devices() -> Iterator[stoker.Finding]:
     import torch  # noqa: PLC0415 - takes seconds, and must come after OpenMP's settings
 
-    from stoker_backend_torch.devices import choose_device, choose_dtype  # noqa: PLC0415
-    from stoker_backend_torch.packing import pack_linear_layers  # noqa: PLC0415
+    from stoker_backend_torch.devices import choose_device, choose_dtype  # noqa: PLC0415 - heavy
+    from stoker_backend_torch.packing import pack_linear_layers  # noqa: PLC0415 - heavy
 
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)

@@ -50,8 +50,8 @@ def progress(name: str) -> Iterator[None]:
         return _Progress(name, arguments[0] if arguments else options.get("iterable"))
 
     # Heavy, and there only by now. The second knows no hook.
-    from transformers import modeling_gguf_pytorch_utils as gguf  # noqa: PLC0415
-    from transformers.utils import logging as theirs  # noqa: PLC0415
+    from transformers import modeling_gguf_pytorch_utils as gguf  # noqa: PLC0415 - heavy
+    from transformers.utils import logging as theirs  # noqa: PLC0415 - heavy
 
     gguf_bar, gguf.tqdm = gguf.tqdm, lambda *items, **options: count(None, items, options)
     before = theirs.set_tqdm_hook(count)

@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
         # A tensor: see stoker_backend_torch.compiling.
         self.register_buffer("_handle", torch.tensor(id(self)), persistent=False)
         self._compute = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - see the module
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001 - see the module
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""

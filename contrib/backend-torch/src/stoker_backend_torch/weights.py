@@ -163,7 +163,7 @@ def _quantize(model: Any) -> None:
     """Turn the linear layers' weights into int8 with a scale for each output (symmetric, weight-only)."""
     with quiet():
         # An optional dependency, whose import says much.
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: PLC0415
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: PLC0415 - heavy
 
         quantize_(model, Int8WeightOnlyConfig())
 
