@@ -100,9 +100,9 @@ types: $(VENV)/.dev
 contracts: $(VENV)/.dev
 	$(BIN)/lint-imports 2>&1 | tail -n +14
 
-# These have nothing quick in them, or import torch, which takes longer than the rest; they are not even imported.
+# These have nothing quick in them, or concern one plugin, or import torch, which takes longer than the rest.
 SLOW := tests/e2e tests/cli tests/api/test_openapi_fuzz.py tests/api/test_hostile_requests.py tests/api/test_connections.py \
-	contrib/backend-torch/tests tests/distributions
+	contrib/backend-torch/tests contrib/backend-ctransformers/tests tests/conformance tests/distributions
 
 fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 -m "not bench and not model and not slow" $(addprefix --ignore=,$(SLOW))
